@@ -1,0 +1,48 @@
+"""What every layer above reads and writes through.
+
+A device is a fixed run of bytes with positioned reads and writes.  There is no file position and no
+buffering: the durability contract is the one of a disk with a volatile write cache.
+
+* ``pwrite`` and ``punch`` may be durable at any time after the call, in any order, 512-byte sector
+  by sector, until ``flush`` returns.
+* ``flush`` returns when everything written before it is durable (a barrier).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ReadableDevice(Protocol):
+    """Positioned reads over ``size`` bytes."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        ...
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes; a read past the end raises ``ValueError``."""
+        ...
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset``: the same as pread, without a copy."""
+        ...
+
+
+class Device(ReadableDevice, Protocol):
+    """A readable device that can be written."""
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data`` at ``offset``.  Not durable before ``flush``."""
+        ...
+
+    def punch(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, giving the space back where the host can."""
+        ...
+
+    def flush(self) -> None:
+        """Barrier: everything written before is durable when this returns."""
+        ...

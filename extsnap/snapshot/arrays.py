@@ -1,0 +1,122 @@
+"""Small vectorised helpers over runs and bits, shared by the modules of this layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint8]
+
+
+def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
+    """Concatenate ``arange(start, start + length)`` of every run: int64[sum(lengths)]."""
+    lengths = lengths.astype(np.int64)
+    total = int(lengths.sum())
+    if not total:
+        return np.zeros(0, np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    return np.arange(total, dtype=np.int64) - np.repeat(firsts, lengths) + np.repeat(starts.astype(np.int64), lengths)
+
+
+def breaks_to_runs(new_run: npt.NDArray[np.bool_], maximum: int) -> tuple[Ints, Ints]:
+    """Cut a sequence into runs.
+
+    Args:
+        new_run: bool[n], true where element i cannot join element i-1 (element 0 is ignored).
+        maximum: Longest run allowed.
+
+    Returns:
+        (first, length): int64 arrays, the index of each run's first element and its length.
+    """
+    count = len(new_run)
+    if not count:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    start = new_run.copy()
+    start[0] = True
+    first = np.flatnonzero(start)
+    within = np.arange(count) - np.repeat(first, np.diff(np.append(first, count)))
+    first = np.flatnonzero(within % maximum == 0)
+    return first.astype(np.int64), np.diff(np.append(first, count)).astype(np.int64)
+
+
+def runs_of(sorted_values: npt.NDArray[Any]) -> Ints:
+    """Runs of consecutive integers in a sorted, duplicate-free array: int64[n, 2] of (start, length)."""
+    if not len(sorted_values):
+        return np.zeros((0, 2), np.int64)
+    first, length = breaks_to_runs(np.diff(sorted_values, prepend=sorted_values[0] - 2) != 1, 1 << 62)
+    return np.stack([sorted_values[first].astype(np.int64), length], axis=1)
+
+
+def bits_of(runs: Ints, size: int) -> Bits:
+    """A packed little-endian bitmap uint8[ceil(size/8)] with the blocks of ``runs`` (start, length) set.
+
+    Works on a difference array over the touched span only, so the cost is linear in that span.
+    """
+    bitmap = np.zeros((size + 7) // 8, np.uint8)
+    if len(runs):
+        set_runs(bitmap, runs)
+    return bitmap
+
+
+def set_runs(bitmap: Bits, runs: Ints, value: bool = True) -> None:
+    """Set or clear the bits of ``runs`` (int64[n, 2], start and length) in a packed bitmap, in place."""
+    runs = runs[runs[:, 1] > 0]
+    if not len(runs):
+        return
+    start, end = runs[:, 0], runs[:, 0] + runs[:, 1]
+    # Whole bytes inside long runs are filled as slices: long runs are few, short ones go bit by bit.
+    long = runs[:, 1] >= 4096
+    for first, last in zip(start[long].tolist(), end[long].tolist(), strict=True):
+        low, high = (first + 7) // 8, last // 8
+        bitmap[low:high] = 0xFF if value else 0
+        edges = np.concatenate([np.arange(first, low * 8), np.arange(high * 8, last)])
+        _set_bits(bitmap, edges, value)
+    if not long.all():
+        _set_bits(bitmap, expand(start[~long], runs[~long, 1]), value)
+
+
+def _set_bits(bitmap: Bits, positions: Ints, value: bool) -> None:
+    bits = (1 << (positions & 7)).astype(np.uint8)
+    if value:
+        np.bitwise_or.at(bitmap, positions >> 3, bits)
+    else:
+        np.bitwise_and.at(bitmap, positions >> 3, ~bits)
+
+
+def test_bits(bitmap: Bits, positions: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """bool[n]: which of the bits at ``positions`` are set."""
+    return ((bitmap[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1).astype(np.bool_)
+
+
+def set_positions(bitmap: Bits, start: int, stop: int) -> Ints:
+    """Positions of the set bits in [start, stop): int64[n], sorted."""
+    low = start // 8
+    window = np.unpackbits(bitmap[low : (stop + 7) // 8], bitorder="little")
+    window = window[start - low * 8 : stop - low * 8]
+    return np.flatnonzero(window) + start
+
+
+def bitmap_runs(bitmap: Bits, size: int) -> Ints:
+    """Runs (start, length) of set bits among the first ``size`` bits: int64[n, 2].
+
+    Bytes that equal their neighbours' uniform value are skipped before bits are unpacked, so a large and
+    mostly uniform bitmap costs its bytes, not its bits.
+    """
+    if not size:
+        return np.zeros((0, 2), np.int64)
+    body = bitmap[: (size + 7) // 8].copy()
+    if size & 7:
+        body[-1] &= (1 << (size & 7)) - 1
+    # A byte matters where it is mixed or where it differs from the byte before it.
+    before = np.concatenate([np.zeros(1, np.uint8), body[:-1]])
+    interesting = np.flatnonzero((body != before) | ((body != 0) & (body != 0xFF)))
+    bits = np.unpackbits(body[interesting], bitorder="little").reshape(-1, 8)
+    last = np.concatenate([(before[interesting] >> 7)[:, None], bits[:, :7]], axis=1)
+    row, column = np.nonzero(bits != last)
+    edges = interesting[row] * 8 + column
+    if len(edges) % 2:
+        edges = np.append(edges, size)
+    return edges.reshape(-1, 2).astype(np.int64) @ np.array([[1, -1], [0, 1]], np.int64)

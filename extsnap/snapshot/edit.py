@@ -1,0 +1,240 @@
+"""Edits of the filesystem by extsnap itself: set-up, growth, shrinking, removal.
+
+One idempotent operation, and what is durable when:
+
+ 1. the edit is made on an overlay in memory; nothing is written
+ 2. dirty mark on (durable)
+ 3. the changed blocks go into the store as REDO, and one header commit says: pending
+ 4. the blocks are written to the base volume through the write path (snapshots may need the old ones); barrier
+ 5. one header commit says: the store's extents are the new ones, nothing is pending
+ 6. the mark comes off when the command ends
+
+A crash before 3 changed nothing but the mark; between 3 and 5 the next command repeats 4 from the redo blocks,
+which are absolute images; after 5 there is nothing to do.  Until 5 copies go only into blocks that the old and
+the new extents share: what a shrink gives away is withdrawn before 3, what a growth adds counts after 5.
+At set-up there is no header to find before the pointer is in the superblock, so 2 and the pointer are one write.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extsnap.blockdev.overlay import Overlay
+from extsnap.errors import StoreDamaged, VolumeFull
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot import graft
+from extsnap.snapshot.arrays import Ints, bitmap_runs, breaks_to_runs, runs_of, set_runs, test_bits
+from extsnap.snapshot.engine import Engine
+from extsnap.snapshot.store import Extents, Pending, Root, Store
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.volume import Volume
+
+#: Room for copies that a volume with snapshots always has, in blocks: the next edit's own metadata needs it.
+MINIMUM_ROOM = 96
+LOG_BYTES_MINIMUM = 64 << 10
+LOG_BYTES_MAXIMUM = 4 << 20
+
+
+def initial_sizes(volume_bytes: int, block_size: int) -> tuple[int, int]:
+    """(store blocks, log blocks) for a new store, by the size of the volume."""
+    log = min(max(volume_bytes // 256, LOG_BYTES_MINIMUM), LOG_BYTES_MAXIMUM) // block_size
+    return log + (128 << 10) // block_size + 2 * MINIMUM_ROOM, log
+
+
+def set_up(volume: Volume) -> None:
+    """Give a plain volume its store.  On return the dirty mark is on and nothing is pending.
+
+    Raises:
+        VolumeFull: No room; nothing was written.
+    """
+    overlay = Overlay(volume.medium, volume.block_size)
+    fs = Filesystem.open(overlay, writable=True)
+    blocks, log_blocks = initial_sizes(volume.size, volume.block_size)
+    geometry = fs.geometry
+    if geometry.free_blocks - geometry.reserved_blocks < blocks + 8:
+        raise VolumeFull(
+            f"the store needs {blocks} free blocks and the volume has "
+            f"{max(0, geometry.free_blocks - geometry.reserved_blocks)} beyond those reserved for root",
+            hint="delete files or grow the volume",
+        )
+    place, extents, mapping = graft.set_up(fs, blocks, volume.now_seconds())
+    fs.flush()
+    root = Root(
+        store_uuid=volume.random_bytes(16),
+        fs_uuid=fs.uuid,
+        block_size=volume.block_size,
+        flags=fmt.SlotFlags.GUARD,
+        extents=extents,
+        mapping=mapping,
+        directory_inode=place.directory_inode,
+        store_inode=place.store_inode,
+        directory_block=place.directory_block,
+        size_blocks=blocks,
+        log_blocks=log_blocks,
+        # A random start: batches of an earlier store that stood in these blocks never look like ours.
+        log_epoch=int.from_bytes(volume.random_bytes(7), "little") + 1,
+        superblocks=volume.superblock_offsets(fs),
+        pending=Pending(fmt.PendingKind.SET_UP, extents, mapping, blocks),
+    )
+    store = Store(volume.medium.device, root)
+    store.mark_used(np.arange(2 + log_blocks))
+    store.write_blob(fmt.BlobKind.REDO, 0, _build_redo(overlay.changes()))
+    store.commit()
+    volume.adopt(store)
+    volume.set_mark(True)
+    finish(volume)
+
+
+def resize(volume: Volume, wanted: Extents) -> None:
+    """Make the store's extents ``wanted``.  The mark goes on and stays on.
+
+    Raises:
+        VolumeFull: No room for the edit's own copies; nothing was changed.
+    """
+    engine, store = volume.require_engine(), volume.require_store()
+    overlay = Overlay(engine, volume.block_size)
+    fs = Filesystem.open(overlay, writable=True)
+    mapping = graft.resize(
+        fs, store.root.store_inode, store.root.extents, store.root.mapping, wanted, volume.needed_groups(fs)
+    )
+    fs.flush()
+    size = int((wanted[:, 0] + wanted[:, 2]).max())
+    _commit(volume, Pending(fmt.PendingKind.RESIZE, wanted, mapping, size), overlay.changes())
+    finish(volume)
+
+
+def grow(volume: Volume, blocks: int) -> int:
+    """Add up to ``blocks`` blocks to the store, in steps that its room pays for; returns how many were added.
+
+    Blocks that a living snapshot preserves and the reserved blocks of the filesystem are left alone.
+    """
+    added = 0
+    step = blocks
+    while added < blocks and step >= 1:
+        store = volume.require_store()
+        fs = Filesystem.open(volume.require_engine())
+        geometry = fs.geometry
+        free = geometry.free_blocks - geometry.reserved_blocks
+        # Mapping blocks come out of the same free space: keep some of it for them.
+        ask = min(step, blocks - added, free - free // 64 - 8)
+        if ask < 1:
+            break
+        runs = fs.find_free(ask, avoid=volume.needed_groups(fs))
+        found = int(runs[:, 1].sum())
+        if not found:
+            break
+        extents = store.root.extents
+        new = graft.map_runs(graft.logical_runs(extents, found), runs)
+        try:
+            resize(volume, graft.join(np.concatenate([extents, new])))
+        except VolumeFull:
+            step = found // 2
+            continue
+        added += found
+        if found < ask:
+            break
+    return added
+
+
+def shrink(volume: Volume, blocks: int) -> int:
+    """Give up to ``blocks`` unused blocks of the store back to the filesystem; returns how many."""
+    store = volume.require_store()
+    keep = max(0, store.available - blocks)
+    withdrawn = store.available_blocks()[keep:]
+    if not len(withdrawn):
+        return 0
+    owned = store.root.extents
+    bits = np.zeros((store.root.size_blocks + 7) // 8, np.uint8)
+    set_runs(bits, owned[:, [0, 2]])
+    set_runs(bits, runs_of(withdrawn), False)
+    wanted = graft.keep_logical(owned, bitmap_runs(bits, store.root.size_blocks))
+    store.withdraw(withdrawn)
+    try:
+        resize(volume, wanted)
+    except VolumeFull:
+        store.unallocate(withdrawn)
+        return 0
+    return len(withdrawn)
+
+
+def remove(volume: Volume) -> None:
+    """Take ``/.extsnap``, the guard and the pointer away: a plain volume again.  There are no snapshots left."""
+    store = volume.require_store()
+    overlay = Overlay(volume.require_engine(), volume.block_size)
+    fs = Filesystem.open(overlay, writable=True)
+    graft.remove(fs, volume.now_seconds())
+    fs.flush()
+    pending = Pending(fmt.PendingKind.STRIP, store.root.extents, store.root.mapping, store.root.size_blocks)
+    _commit(volume, pending, overlay.changes())
+    finish(volume)
+
+
+def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None:
+    """Steps 2 and 3, after making sure that step 4 cannot lack room."""
+    engine, store = volume.require_engine(), volume.require_store()
+    redo = _build_redo(changes)
+    positions = np.array(sorted(changes), np.int64) + engine.shift
+    copies = int(test_bits(engine.need_bits, positions).sum())
+    redo_blocks = -(-len(redo) // volume.block_size)
+    if redo_blocks + copies > store.available - engine.reserve():
+        raise VolumeFull(
+            f"the store has room for {max(0, store.available - engine.reserve())} blocks and the change "
+            f"of its own size needs {redo_blocks + copies}",
+            hint="delete a snapshot",
+        )
+    volume.set_mark(True)
+    store.write_blob(fmt.BlobKind.REDO, 0, redo)
+    store.root.pending = pending
+    store.commit()
+
+
+def finish(volume: Volume) -> None:
+    """Steps 4 and 5 of whatever is pending; safe to repeat."""
+    engine, store = volume.require_engine(), volume.require_store()
+    pending = store.root.pending
+    if pending is None:
+        return
+    for offset, data in _parse_redo(store.read_blob(fmt.BlobKind.REDO, 0), volume.block_size, engine):
+        engine.pwrite(offset, data)
+    engine.flush()
+    if pending.kind == fmt.PendingKind.STRIP:
+        volume.forget_store()
+        return
+    store.root.extents = pending.extents
+    store.root.mapping = pending.mapping
+    store.root.size_blocks = pending.size_blocks
+    store.root.pending = None
+    store.drop_blob(fmt.BlobKind.REDO, 0)
+    store.set_extents(pending.extents)
+    engine.set_owned(pending.extents)
+    store.commit()
+
+
+def _build_redo(changes: dict[int, bytes]) -> bytes:
+    blocks = sorted(changes)
+    head = np.array([len(blocks), *blocks], "<u8").tobytes()
+    return head + b"".join(changes[block] for block in blocks)
+
+
+def _parse_redo(raw: bytes, block_size: int, engine: Engine) -> list[tuple[int, bytes]]:
+    """(offset, data) of the redo blocks, neighbours joined.
+
+    Raises:
+        StoreDamaged: Its size does not fit its count, or a block lies outside the volume.
+    """
+    count = int.from_bytes(raw[:8], "little")
+    if len(raw) != 8 + count * (8 + block_size):
+        raise StoreDamaged("redo: the size does not fit the count")
+    blocks: Ints = np.frombuffer(raw[8 : 8 + 8 * count], "<u8").astype(np.int64)
+    if count and (blocks.min() < 0 or blocks.max() >= engine.blocks):
+        raise StoreDamaged("redo: a block lies outside the volume")
+    first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 256)
+    body = 8 + 8 * count
+    return [
+        (int(blocks[index]) * block_size, raw[body + index * block_size : body + (index + run) * block_size])
+        for index, run in zip(first.tolist(), length.tolist(), strict=True)
+    ]

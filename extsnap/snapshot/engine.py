@@ -1,0 +1,570 @@
+"""The write path of the base volume: copy first, record, barrier, overwrite.
+
+    state of a block      read from        a write to it
+    plain                 medium           straight to the medium
+    needed                medium           held in memory; its old content is copied when the hold is committed
+    held                  the hold         held too, behind the earlier one
+    the store's data      zeros            refused (EIO)
+    a superblock          medium, freed of guard, mark and pointer
+
+What is durable when (`commit`, run by a full hold, by `flush` and by every command):
+ 1. old content -> copy blocks, records -> log; nothing else changed yet
+ 2. barrier                   a crash before it leaves a batch that may be valid with copies that are not;
+                              then the base blocks still are what the batch's checksums say (nothing was overwritten)
+ 3. overwrites of the base    a crash from here on leaves any part of them, and every old block in its copy
+ 4. `flush` adds a barrier    now the overwrites are durable too
+A held write that a crash takes was never acknowledged as durable: that is what a volatile write cache may do.
+
+``need`` is a superset: a set bit sends a write down the slow path, which decides exactly and clears it.
+Everything runs in one thread, so "suspending writes" is: another method of this object is running.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from bitarray import bitarray
+
+from extsnap.blockdev.base import Buffer
+from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.arrays import Bits, Ints, breaks_to_runs, expand, runs_of, set_positions, set_runs, test_bits
+from extsnap.snapshot.history import History
+from extsnap.snapshot.index import RUN_MAX, Index, Level, merge
+from extsnap.snapshot.masks import MaskTable, mask_of, words_for
+from extsnap.snapshot.medium import Medium
+from extsnap.snapshot.store import Store
+
+HOLD_BYTES = 32 << 20
+HOLD_ENTRIES = 16384
+#: Largest piece of one write that is taken into the hold at once.
+PIECE_BYTES = 4 << 20
+
+
+class Engine:
+    """Reads and writes of the base volume above its snapshots.
+
+    Args:
+        medium: The device below, superblocks translated.
+        store: The opened store.
+        blocks_per_group: Of the filesystem; a multiple of 8.
+        first_data_block: Of the filesystem.
+        snapshots: The living snapshots.
+    """
+
+    def __init__(
+        self, medium: Medium, store: Store, blocks_per_group: int, first_data_block: int, snapshots: list[fmt.Snapshot]
+    ) -> None:
+        self.medium = medium
+        self.store = store
+        self.block_size = store.block_size
+        self._bits = self.block_size.bit_length() - 1
+        self.size = medium.size
+        self.blocks = -(-self.size // self.block_size)
+        self.shift = -first_data_block % blocks_per_group
+        self.row_bytes = blocks_per_group // 8
+        self.rows = -(-(self.blocks + self.shift) // blocks_per_group)
+        self.index = Index()
+        self.masks = MaskTable()
+        self._masks_stored = 0
+        self.history = History(self.rows, self.row_bytes, np.zeros(0, fmt.HISTORY_DTYPE), store.read_blocks)
+        self.need_bits: Bits = np.zeros(self.rows * self.row_bytes, np.uint8)
+        self._special_bits: Bits = np.zeros(self.rows * self.row_bytes, np.uint8)
+        self._owned_bits: Bits = np.zeros(self.rows * self.row_bytes, np.uint8)
+        self._need = bitarray(buffer=self.need_bits, endian="little")
+        self._special = bitarray(buffer=self._special_bits, endian="little")
+        self._owned = bitarray(buffer=self._owned_bits, endian="little")
+        self._superblocks = np.array([], np.int64)
+        self._arena = memoryview(bytearray(0))
+        self._held: list[tuple[int, int, int]] = []  # (position, blocks, offset in the arena), in order of arrival
+        self._held_bytes = 0
+        self._held_cost = 0
+        self._overwrites_due = False
+        self.recovered_batch: Level | None = None
+        self.set_snapshots(snapshots)
+
+    # -- state ------------------------------------------------------------------------------------------
+
+    def set_snapshots(self, snapshots: list[fmt.Snapshot]) -> None:
+        """Name the living snapshots; masks and history follow."""
+        self.snapshots = snapshots
+        top = max([self.store.root.counting.bit_length() - 1, 0])
+        self.masks.widen(words_for(top))
+        self.alive = mask_of([snapshot.bit for snapshot in snapshots], self.masks.words)
+        self.history.set_alive([(snapshot.id, snapshot.bit) for snapshot in snapshots], self.masks.words)
+
+    def load(self) -> None:
+        """Read masks, history, index and log of the store."""
+        store = self.store
+        blobs = store.root.blobs
+        if (fmt.BlobKind.MASKS, 0) in blobs:
+            raw = store.read_blob(fmt.BlobKind.MASKS, 0)
+            words = int.from_bytes(raw[:8], "little")
+            self.masks = MaskTable(np.frombuffer(raw[8:], "<u8").reshape(-1, max(1, words)).astype(np.uint64))
+        self._masks_stored = self.masks.count
+        levels = []
+        for kind, key in sorted(blobs):
+            if kind == fmt.BlobKind.INDEX:
+                table = fmt.parse_table(store.read_blob(fmt.BlobKind.INDEX, key), fmt.RECORD_DTYPE, "index")
+                crcs = np.frombuffer(store.read_blob(fmt.BlobKind.INDEX_CRCS, key), "<u4")
+                levels.append(self._checked(Level.parse(table, crcs, key)))
+        self.index = Index(sorted(levels, key=len, reverse=True))
+        history = np.zeros(0, fmt.HISTORY_DTYPE)
+        if (fmt.BlobKind.HISTORY, 0) in blobs:
+            history = fmt.parse_table(store.read_blob(fmt.BlobKind.HISTORY, 0), fmt.HISTORY_DTYPE, "history")
+        self.history = History(self.rows, self.row_bytes, history, store.read_blocks)
+        for batch in store.replay_log():
+            if len(batch.masks):
+                self.masks.widen(batch.masks.shape[1])
+                self.masks.intern_exactly(batch.masks)
+            level = self._checked(Level.parse(batch.records, batch.crcs))
+            self.recovered_batch = level
+            self.index.add(level)
+        self._masks_stored = self.masks.count
+        for level in self.index.levels:
+            store.mark_used(expand(level.copy[level.copy >= 0], level.length[level.copy >= 0]))
+        store.mark_used(self.history.refs_in_use())
+        self.set_snapshots(self.snapshots)
+
+    def _checked(self, level: Level) -> Level:
+        copied = level.length[level.copy != fmt.ZERO_COPY].sum() if len(level) else 0
+        if len(level) and (
+            (level.length < 1).any()
+            or (level.length > RUN_MAX).any()
+            or (level.block < 0).any()
+            or (level.block + level.length > self.blocks).any()
+            or (level.copy < fmt.ZERO_COPY).any()
+            or (np.diff(level.block) < 0).any()
+            or int(level.mask.max()) >= self.masks.count
+            or copied != len(level.crcs)
+        ):
+            raise StoreDamaged("index: a record is impossible")
+        return level
+
+    def rebuild_need(self) -> None:
+        """Set ``need`` from the history (a superset), and pin superblocks and the store's own blocks."""
+        self.need_bits[:] = self.history.union().reshape(-1)
+        if len(self.snapshots):
+            self._clear_recorded()
+        self._superblocks = (
+            np.array(sorted({at // self.block_size for at in self.medium.offsets}), np.int64) + self.shift
+        )
+        set_runs(self.need_bits, runs_of(self._superblocks))
+        self._special_bits[:] = 0
+        set_runs(self._special_bits, runs_of(self._superblocks))
+        self._owned_bits[:] = 0
+        self.set_owned(self.store.root.extents)
+
+    def _clear_recorded(self) -> None:
+        """Clear ``need`` where one record names every living snapshot: the steady state after a reopen."""
+        everyone: npt.NDArray[np.bool_] = np.asarray(~(~self.masks.rows & self.alive).any(axis=1))
+        for level in self.index.levels:
+            which = everyone[level.mask]
+            blocks = expand(level.block[which], level.length[which])
+            set_runs(self.need_bits, runs_of(np.unique(blocks) + self.shift), False)
+
+    def set_owned(self, extents: Ints) -> None:
+        """The store's data blocks are now those of ``extents``; blocks that left stay needed until decided."""
+        old = self._owned_bits.copy()
+        self._owned_bits[:] = 0
+        set_runs(self._owned_bits, extents[:, 1:] + np.array([self.shift, 0]))
+        self._special_bits &= ~(old & ~self._owned_bits)
+        self._special_bits |= self._owned_bits
+        self.need_bits |= self._owned_bits
+
+    # -- reading ----------------------------------------------------------------------------------------
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read the base volume."""
+        start = (offset >> self._bits) + self.shift
+        stop = ((offset + len(buffer) - 1) >> self._bits) + 1 + self.shift
+        if self._special.find(1, start, stop) < 0:
+            self.medium.device.readinto(offset, buffer)
+            return
+        self.medium.readinto(offset, buffer)
+        origin = offset - ((start - self.shift) << self._bits)
+        for position, count in runs_of(set_positions(self._owned_bits, start, stop)).tolist():
+            self._paste(buffer, origin, position - start, bytes(count << self._bits))
+        for position, count, at in self._held:
+            if position < stop and position + count > start:
+                piece = self._arena[at : at + (count << self._bits)]
+                self._paste(buffer, origin, position - start, piece)
+
+    def _paste(self, buffer: memoryview, origin: int, block: int, data: Buffer) -> None:
+        """Put ``data``, which starts ``block`` blocks into the request, over the part of ``buffer`` it covers."""
+        at = (block << self._bits) - origin
+        low, high = max(0, at), min(len(buffer), at + len(data))
+        if low < high:
+            buffer[low:high] = memoryview(data)[low - at : high - at]
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read the base volume."""
+        buffer = bytearray(length)
+        if length:
+            self.readinto(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write to the base volume; durable after `flush`.
+
+        Raises:
+            VolumeFull: A needed block has no room for its copy; nothing was written.
+            StoreProtected: The range holds blocks of the store; nothing was written.
+        """
+        length = len(data)
+        if not length:
+            return
+        if offset < 0 or offset + length > self.size:
+            raise ValueError(f"write of {length} bytes at {offset} leaves the volume of {self.size}")
+        start = (offset >> self._bits) + self.shift
+        stop = ((offset + length - 1) >> self._bits) + 1 + self.shift
+        if self._need.find(1, start, stop) < 0:
+            self.medium.device.pwrite(offset, data)
+            self.index.count_write(start - self.shift, stop - start)
+            return
+        if self._owned.find(1, start, stop) >= 0:
+            raise StoreProtected(
+                f"a write to {length} bytes at byte {offset} hits the store of the snapshots",
+                hint="leave /.extsnap alone, or remove it with extsnap strip",
+            )
+        view = memoryview(data)
+        if length <= PIECE_BYTES:
+            self._hold(offset, view)
+            return
+        # Room for all pieces is asked for first, so that a large write is refused whole.
+        self._make_room(self._cost(start, stop), start, stop)
+        position = offset
+        while position < offset + length:
+            piece = min(PIECE_BYTES - position % PIECE_BYTES, offset + length - position)
+            self._hold(position, view[position - offset : position - offset + piece])
+            position += piece
+
+    def _cost(self, start: int, stop: int) -> int:
+        return self._need.count(1, start, stop)
+
+    @property
+    def _batch_limit(self) -> int:
+        """Copies that one batch can record in an empty log, whatever masks they have."""
+        each = fmt.RECORD_DTYPE.itemsize + 4 + 8 * self.masks.words
+        return max(1, (self.store.log_bytes - fmt.BATCH_HEADER - fmt.SECTOR) // each)
+
+    def reserve(self) -> int:
+        """Blocks kept back for folding and committing, so that neither ever lacks room."""
+        records = len(self.index)
+        folded = records * (fmt.RECORD_DTYPE.itemsize + 4) + self.store.log_bytes
+        tables = self.masks.count * self.masks.words * 8 + self.history.table.nbytes + 64 * len(self.snapshots)
+        header = 4 * (4096 + 24 * len(self.store.root.extents) + 16 * len(self.store.root.mapping))
+        return -(-(folded + tables + header) // self.block_size) + 8
+
+    def room(self) -> int:
+        """Copy blocks that can still be promised to writes."""
+        return self.store.available - self.reserve() - self._held_cost
+
+    def _make_room(self, cost: int, start: int, stop: int) -> None:
+        """Refuse a write that might not find room for its copies; decide exactly before refusing."""
+        if cost <= self.room():
+            return
+        self.commit()
+        if cost <= self.room():
+            return
+        exact = 0
+        for low in range(start, stop, 8192):
+            positions = set_positions(self.need_bits, low, min(low + 8192, stop))
+            missing = self._missing(positions)
+            undecided = positions[~missing.any(axis=1)]
+            self._clear_need(undecided)
+            exact += int(missing.any(axis=1).sum())
+        if exact > self.room():
+            raise VolumeFull(
+                f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
+                hint="delete a snapshot or free space in the volume",
+            )
+
+    def _hold(self, offset: int, data: memoryview) -> None:
+        if self._overwrites_due:
+            self.commit()  # an earlier overwrite failed: its turn comes first
+        size = self.block_size
+        start = (offset >> self._bits) + self.shift
+        stop = ((offset + len(data) - 1) >> self._bits) + 1 + self.shift
+        count = stop - start
+        if not len(self._arena):
+            self._arena = memoryview(bytearray(HOLD_BYTES + PIECE_BYTES))
+        cost = self._cost(start, stop)
+        if (
+            len(self._held) >= HOLD_ENTRIES
+            or self._held_bytes + count * size > len(self._arena)
+            or self._held_cost + cost > self._batch_limit
+        ):
+            self.commit()
+        self._make_room(cost, start, stop)
+        at = self._held_bytes
+        piece = self._arena[at : at + count * size]
+        head = offset - ((start - self.shift) << self._bits)
+        if head:
+            self._read_block(start, piece[:size])
+        if (head + len(data)) % size and (count > 1 or not head):
+            self._read_block(stop - 1, piece[-size:])
+        piece[head : head + len(data)] = data
+        self._held.append((start, count, at))
+        self._held_bytes += count * size
+        self._held_cost += cost
+        self._special[start:stop] = 1
+        if cost < count:
+            self._need[start:stop] = 1  # later writes to held blocks go through the hold
+
+    def _read_block(self, position: int, buffer: memoryview) -> None:
+        """One block as seen from above; past the end of a ragged last block it is zeros."""
+        offset = (position - self.shift) << self._bits
+        length = min(self.block_size, self.size - offset)
+        self.readinto(offset, buffer[:length])
+        buffer[length:] = bytes(len(buffer) - length)
+
+    def commit(self) -> None:
+        """Copy what the held writes need copied, barrier, and let them out.  They are durable after `flush`."""
+        if not self._held:
+            return
+        if not self._overwrites_due:
+            held = np.array(self._held, np.int64)
+            positions = np.unique(expand(held[:, 0], held[:, 1]))
+            self.preserve(positions[test_bits(self.need_bits, positions)])
+            self._held_cost = 0
+            self._overwrites_due = True
+        self._overwrite()
+        held = np.array(self._held, np.int64)
+        runs = held[:, :2]
+        set_runs(self._special_bits, runs, False)
+        set_runs(self._special_bits, runs_of(self._superblocks))
+        for position, count, _ in self._held:
+            self.index.count_write(position - self.shift, count)
+        self._held, self._held_bytes, self._overwrites_due = [], 0, False
+
+    def _overwrite(self) -> None:
+        """Let the held writes out to the medium, neighbours joined where no two overlap."""
+        entries = self._held
+        if len(entries) > 1:
+            ordered = sorted(entries)
+            held = np.array(ordered, np.int64)
+            if (held[:-1, 0] + held[:-1, 1] <= held[1:, 0]).all():
+                entries = ordered
+        index = 0
+        while index < len(entries):
+            position, count, at = entries[index]
+            index += 1
+            # Entries that follow each other on the medium and in the arena go out as one write.
+            while (
+                index < len(entries)
+                and entries[index][0] == position + count
+                and entries[index][2] == at + (count << self._bits)
+            ):
+                count += entries[index][1]
+                index += 1
+            offset = (position - self.shift) << self._bits
+            length = min(count << self._bits, self.size - offset)
+            self.medium.pwrite(offset, self._arena[at : at + length])
+
+    def _missing(self, positions: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        """uint64[n, words]: the snapshots that preserve a block and have no record for it."""
+        missing = self.history.masks_at(positions) & self.alive
+        for level, which, record in self.index.pairs(positions - self.shift):
+            recorded = np.zeros_like(missing)
+            np.bitwise_or.at(recorded, which, self.masks.rows[level.mask[record]])
+            missing &= ~recorded
+        return missing
+
+    def preserve(self, positions: Ints) -> None:
+        """Copy the blocks at sorted ``positions`` for every snapshot that still needs them; durable on return.
+
+        Raises:
+            VolumeFull: No room (callers reserve it first); nothing was recorded.
+        """
+        for low in range(0, len(positions), self._batch_limit):
+            part = positions[low : low + self._batch_limit]
+            missing = self._missing(part)
+            todo = missing.any(axis=1)
+            if todo.any():
+                self._copy(part[todo] - self.shift, missing[todo])
+            self._clear_need(part)
+
+    def _clear_need(self, positions: Ints) -> None:
+        set_runs(self.need_bits, runs_of(positions[~test_bits(self._owned_bits, positions)]), False)
+        set_runs(self.need_bits, runs_of(self._superblocks))
+
+    def _copy(self, blocks: Ints, missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
+        size = self.block_size
+        mask = self.masks.intern(missing)
+        new_masks = self.masks.rows[self._masks_stored :]
+        old = np.zeros((len(blocks), size), np.uint8)
+        view = old.reshape(-1).data
+        first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
+        for index, count in zip(first.tolist(), length.tolist(), strict=True):
+            offset = int(blocks[index]) << self._bits
+            end = min(offset + (count << self._bits), self.size)
+            self.medium.readinto(offset, view[index * size : index * size + end - offset])
+        filled = old.view(np.uint64).any(axis=1)
+        logical = self.store.allocate(int(filled.sum()))
+        try:
+            copies = old if filled.all() else old[filled]
+            crcs = np.array([fmt.crc(copy) for copy in copies], np.uint32)
+            copy = np.full(len(blocks), fmt.ZERO_COPY, np.int64)
+            copy[filled] = logical
+            new = (
+                (np.diff(blocks, prepend=-2) != 1)
+                | (np.diff(mask.astype(np.int64), prepend=-1) != 0)
+                | np.where(filled, np.diff(copy, prepend=-2) != 1, np.diff(filled.astype(np.int8), prepend=2) != 0)
+            )
+            first, length = breaks_to_runs(new, RUN_MAX)
+            level = Level(blocks[first], length, copy[first], mask[first], np.zeros(len(first), np.int64), crcs)
+            need = self.store.batch_bytes(len(new_masks), self.masks.words, len(level), len(crcs))
+            if self.store.log_position + need > self.store.log_bytes:
+                self.fold()
+                new_masks = self.masks.rows[self._masks_stored :]
+            self.store.write_blocks(logical, copies.reshape(-1).data)
+            self.store.append_batch(new_masks, level.build(), crcs)
+            self.medium.flush()
+        except BaseException:
+            self.store.unallocate(logical)
+            raise
+        self.store.log_advance()
+        self._masks_stored = self.masks.count
+        self.index.add(level)
+
+    def flush(self) -> None:
+        """Everything written before is durable when this returns."""
+        self.commit()
+        self.medium.flush()
+
+    def punch(self, offset: int, length: int) -> None:
+        """Discard or write zeroes: the range reads as zeros afterwards, its needed blocks are preserved first.
+
+        Blocks of the store inside the range read as zeros anyway and are left alone.
+
+        Raises:
+            VolumeFull: The copies find no room; nothing was changed.
+        """
+        if length <= 0:
+            return
+        size = self.block_size
+        end = min(offset + length, self.size)
+        low, high = -(-offset // size) * size, end // size * size
+        if low >= high:
+            self.pwrite(offset, bytes(end - offset))
+            return
+        # Room for everything first, the ragged ends included: a punch is refused whole or done.
+        outer = (offset >> self._bits) + self.shift, ((end - 1) >> self._bits) + 1 + self.shift
+        self._make_room(self._cost(*outer), *outer)
+        if offset < low:
+            self.pwrite(offset, bytes(low - offset))
+        if end > high:
+            self.pwrite(high, bytes(end - high))
+        self.commit()
+        start, stop = (low >> self._bits) + self.shift, (high >> self._bits) + self.shift
+        for piece in range(start, stop, 4096):
+            self.preserve(set_positions(self.need_bits, piece, min(piece + 4096, stop)))
+        kept = np.concatenate([set_positions(self._owned_bits, start, stop), [stop]])
+        begin = start
+        for position, count in runs_of(kept).tolist():
+            if position > begin:
+                self.medium.punch((begin - self.shift) << self._bits, (position - begin) << self._bits)
+            begin = position + count
+        self.index.count_write(start - self.shift, stop - start)
+
+    # -- folding ----------------------------------------------------------------------------------------
+
+    def purge(self) -> int:
+        """Forget records that no living snapshot needs; returns the copy blocks freed by the next commit."""
+        self.masks.restrict(self.alive)
+        freed = 0
+        levels = []
+        living: npt.NDArray[np.bool_] = np.asarray(self.masks.rows.any(axis=1))
+        for level in self.index.levels:
+            keep = living[level.mask]
+            if keep.all():
+                levels.append(level)
+                continue
+            dead = np.flatnonzero(~keep & (level.copy >= 0))
+            self.store.release(expand(level.copy[dead], level.length[dead]))
+            freed += int(level.length[dead].sum())
+            levels.append(level.take(np.flatnonzero(keep)))
+        self.index.replace(levels)
+        return freed
+
+    def fold(self, *, commit: bool = True, counts: bool = False) -> None:
+        """Write the records of the log into index blobs and start an empty log.
+
+        The old blobs and the old log count until the header commit; the caller's with ``commit=False``.
+        With ``counts``, levels whose write counts moved are written again too.
+        """
+        self.index.apply_writes()
+        for level in self.index.levels:
+            if counts and level.touched:
+                level.stored = -1
+        levels = sorted(self.index.levels, key=len, reverse=True)
+        fresh = [level for level in levels if level.stored < 0]
+        kept = [level for level in levels if level.stored >= 0]
+        while kept and len(kept[-1]) < 2 * sum(map(len, fresh)):
+            fresh.append(kept.pop())
+        blobs = self.store.root.blobs
+        used = {level.stored for level in kept}
+        keys = [key for kind, key in blobs if kind == fmt.BlobKind.INDEX]
+        if fresh and sum(map(len, fresh)):
+            merged = merge(fresh)
+            key = next(key for key in range(len(keys) + 1) if key not in keys)
+            self.store.write_blob(fmt.BlobKind.INDEX, key, merged.build())
+            self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, merged.crcs.astype("<u4").tobytes())
+            merged.stored, merged.touched = key, False
+            kept.append(merged)
+            used.add(key)
+        for key in keys:
+            if key not in used:
+                self.store.drop_blob(fmt.BlobKind.INDEX, key)
+                self.store.drop_blob(fmt.BlobKind.INDEX_CRCS, key)
+        self.index.replace(kept)
+        self.write_masks()
+        self.store.new_epoch()
+        if commit:
+            self.store.commit()
+
+    def write_masks(self) -> None:
+        """Put the mask table into its blob."""
+        head = self.masks.words.to_bytes(8, "little")
+        self.store.write_blob(fmt.BlobKind.MASKS, 0, head + self.masks.rows.astype("<u8").tobytes())
+        self._masks_stored = self.masks.count
+
+    def write_history(self) -> None:
+        """Put the history table into its blob."""
+        self.store.write_blob(fmt.BlobKind.HISTORY, 0, self.history.table.tobytes())
+
+    # -- after a crash ----------------------------------------------------------------------------------
+
+    def repair_last_batch(self) -> None:
+        """Verify the copies of the log's last batch, whose barrier may not have returned.
+
+        A copy that fails its checksum is harmless where the base block still has that content (nothing was
+        overwritten before the barrier): it is copied again.
+
+        Raises:
+            DamagedCopy: The base block has changed as well.
+        """
+        level = self.recovered_batch
+        if level is None or not len(level):
+            return
+        which = level.copy >= 0
+        logical = expand(level.copy[which], level.length[which])
+        blocks = expand(level.block[which], level.length[which])
+        for low in range(0, len(logical), 4096):
+            part = slice(low, low + 4096)
+            copies = self.store.read_blocks(logical[part])
+            expected = level.crcs[part]
+            bad = np.flatnonzero(np.array([fmt.crc(copy) for copy in copies], np.uint32) != expected)
+            for index in bad.tolist():
+                block = int(blocks[part][index])
+                offset = block << self._bits
+                content = bytes(self.medium.pread(offset, min(self.block_size, self.size - offset)))
+                content += bytes(self.block_size - len(content))
+                if fmt.crc(content) != expected[index]:
+                    raise DamagedCopy(f"the copy of block {block} is damaged and the block itself has changed")
+                self.store.write_blocks(logical[part][index : index + 1], content)
+        if len(logical):
+            self.medium.flush()

@@ -1,0 +1,87 @@
+"""Export: a snapshot as a raw image of its own, without the store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from extsnap.blockdev.overlay import Overlay
+from extsnap.errors import ExtsnapError
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import graft
+from extsnap.snapshot.view import View
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.volume import Volume
+
+#: Zeros of at least this length become holes.
+HOLE_BYTES = 4096
+
+
+def export(volume: Volume, name: str, out: str, *, force: bool = False) -> int:
+    """Write the view of ``name`` to the new sparse file ``out``; returns its size in bytes.
+
+    The file appears under its name only when it is complete and durable.
+
+    Raises:
+        ExtsnapError: ``out`` exists and ``force`` was not given, or is not a place for a file.
+    """
+    entry = volume.find(name)
+    exists = os.path.lexists(out)
+    if exists and not force:
+        raise ExtsnapError(f"{out} exists already", hint="use --force to replace it")
+    if exists and not os.path.isfile(out):
+        raise ExtsnapError(f"{out} is not a regular file", hint="name a file to write to")
+    if exists and os.path.samefile(out, volume.path):
+        raise ExtsnapError(f"{out} is the image itself", hint="name another file to write to")
+    partial = f"{out}.{os.getpid()}.partial"
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            write_image(volume, entry.name, file.fileno())
+            os.fsync(file.fileno())
+        os.replace(partial, out)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+    return entry.volume_bytes
+
+
+def write_image(volume: Volume, name: str, descriptor: int) -> None:
+    """Write the exported image of a snapshot to an empty file."""
+    view = volume.open_view(name)
+    changes = without_store(volume, view)
+    os.ftruncate(descriptor, view.size)
+    for offset, data in view.pieces():
+        _write_sparse(descriptor, offset, data)
+    size = volume.block_size
+    for block, content in sorted(changes.items()):
+        os.pwrite(descriptor, content[: view.size - block * size], block * size)
+
+
+def without_store(volume: Volume, view: View) -> dict[int, bytes]:
+    """The blocks of a view that change when ``/.extsnap`` is removed from it."""
+    overlay = Overlay(view, volume.block_size)  # type: ignore[arg-type]  # never written below
+    fs = Filesystem.open(overlay, writable=True)
+    graft.remove(fs, volume.now_seconds())
+    fs.flush()
+    return overlay.changes()
+
+
+def _write_sparse(descriptor: int, offset: int, data: bytes) -> None:
+    """Write all but long runs of zeros."""
+    view = memoryview(data)
+    zero = bytes(HOLE_BYTES)
+    start = None
+    for at in range(0, len(data), HOLE_BYTES):
+        piece = view[at : at + HOLE_BYTES]
+        if piece == zero[: len(piece)]:
+            if start is not None:
+                os.pwrite(descriptor, view[start:at], offset + start)
+                start = None
+        elif start is None:
+            start = at
+    if start is not None:
+        os.pwrite(descriptor, view[start:], offset + start)

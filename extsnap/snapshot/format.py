@@ -1,0 +1,404 @@
+"""The store's structures on the medium: Construct definitions and numpy dtypes, no I/O.
+
+``docs/FORMAT.md`` is the specification; this module is laid beside it.  Everything is little-endian.
+
+* The *pointer* stands in the last reserved bytes of every ext superblock (0x3e0): where the header slots are.
+* A *slot* is one filesystem block whose first 512 bytes are `Slot`: one sector, so it is never torn.
+* A slot names a chain of *segments* (physically contiguous blocks) that hold the *root*: a sequence of sections.
+* The root names *blobs*: byte strings in logical blocks of the store.
+* The *log* is a run of logical blocks that takes batches of records in place.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import construct as c
+import crc32c as _crc32c
+import numpy as np
+
+from extsnap.errors import StoreDamaged
+
+POINTER_OFFSET = 0x3E0
+POINTER_MAGIC = b"XSNP"
+SLOT_MAGIC = b"EXTSNAP\x01"
+SEGMENT_MAGIC = b"XSEG"
+BATCH_MAGIC = b"XLOG"
+VERSION = 1
+SLOT_BYTES = 512
+SLOT_RESERVED = SLOT_BYTES - 96 - 4
+SECTOR = 512
+
+#: Copy address of a zero record: the old block was all zeros and needs no copy block.
+ZERO_COPY = -1
+#: References of a uniform group bitmap in the history: they cost no block.
+ALL_CLEAR = -1
+ALL_SET = -2
+
+
+class Incompat(enum.IntFlag):
+    """Feature words: a reader that meets an unknown bit here must refuse the store."""
+
+
+KNOWN_INCOMPAT = 0
+KNOWN_RO_COMPAT = 0
+
+
+class SlotFlags(enum.IntFlag):
+    """State of the store."""
+
+    #: A server has the base volume open for writing; without a dirty mark beside it: an outside write.
+    OPEN = 1
+    #: The guard is wanted while the image is at rest.
+    GUARD = 2
+
+
+class Section(enum.IntEnum):
+    """Sections of the root."""
+
+    EXTENTS = 1
+    MAPPING = 2
+    PLACE = 3
+    COUNTING_BITMAP = 4
+    BLOBS = 5
+    BLOB_RUNS = 6
+    LOG = 7
+    SUPERBLOCKS = 8
+    PENDING = 9
+    PENDING_EXTENTS = 10
+    PENDING_MAPPING = 11
+    RESTORE = 12
+    RESTORE_MAPPING = 13
+    PROPERTIES = 14
+    FINGERPRINT = 15
+    ALLOCATION = 16
+
+
+class BlobKind(enum.IntEnum):
+    """Kinds of blobs; ``key`` tells several of one kind apart."""
+
+    SNAPSHOTS = 1
+    MASKS = 2
+    HISTORY = 3
+    INDEX = 4
+    INDEX_CRCS = 5
+    REDO = 6
+
+
+class PendingKind(enum.IntEnum):
+    """What an interrupted edit was; all are finished by applying the redo blocks."""
+
+    SET_UP = 1
+    RESIZE = 2
+    STRIP = 3
+
+
+class Kind(enum.IntEnum):
+    """Why a snapshot was taken."""
+
+    MANUAL = 0
+    SAFETY = 1
+    ATOMIC = 2
+
+
+class Consistency(enum.IntEnum):
+    """What state the filesystem of a snapshot was in."""
+
+    CLEAN = 0
+    FROZEN = 1
+    CRASH = 2
+
+
+class State(enum.IntEnum):
+    """Whether a snapshot can be trusted."""
+
+    OK = 0
+    TAINTED = 1
+    DAMAGED = 2
+
+
+Pointer = c.Struct(
+    "magic" / c.Bytes(4),  # POINTER_MAGIC
+    "version" / c.Int16ul,
+    "reserved" / c.Int16ul,
+    "slot_a" / c.Int64ul,  # physical block of slot A
+    "slot_b" / c.Int64ul,  # physical block of slot B
+    "crc" / c.Int32ul,  # crc32c of the 24 bytes before
+)
+
+Slot = c.Struct(
+    "magic" / c.Bytes(8),  # SLOT_MAGIC
+    "version" / c.Int32ul,
+    "compat" / c.Int32ul,
+    "ro_compat" / c.Int32ul,
+    "incompat" / c.Int32ul,
+    "generation" / c.Int64ul,  # the higher one of two valid slots wins
+    "store_uuid" / c.Bytes(16),
+    "fs_uuid" / c.Bytes(16),  # s_uuid when the store was set up; a hint
+    "block_size" / c.Int32ul,
+    "flags" / c.Int32ul,  # SlotFlags
+    "root_block" / c.Int64ul,  # physical block of the first segment
+    "root_blocks" / c.Int32ul,  # length of the first segment, in blocks
+    "root_crc" / c.Int32ul,  # crc32c of the whole root
+    "root_bytes" / c.Int64ul,
+    "reserved" / c.Bytes(SLOT_RESERVED),
+    "crc" / c.Int32ul,  # crc32c of the 508 bytes before
+)
+
+Segment = c.Struct(
+    "magic" / c.Bytes(4),  # SEGMENT_MAGIC
+    "crc" / c.Int32ul,  # crc32c of the rest of this header and the payload
+    "generation" / c.Int64ul,
+    "next_block" / c.Int64ul,  # physical block of the next segment; 0 ends the chain
+    "next_blocks" / c.Int32ul,
+    "payload_bytes" / c.Int32ul,
+)
+
+SectionHeader = c.Struct(
+    "kind" / c.Int32ul,
+    "reserved" / c.Int32ul,
+    "length" / c.Int64ul,  # bytes of payload, which is padded to 8
+)
+
+Place = c.Struct(
+    "directory_inode" / c.Int32ul,
+    "store_inode" / c.Int32ul,
+    "directory_block" / c.Int64ul,
+    "next_id" / c.Int64ul,  # id of the next snapshot; never reused
+    "size_blocks" / c.Int64ul,  # logical size of the store
+)
+
+LogPlace = c.Struct(
+    "epoch" / c.Int64ul,
+    "start" / c.Int64ul,  # first logical block
+    "blocks" / c.Int64ul,
+)
+
+PendingHead = c.Struct(
+    "kind" / c.Int32ul,
+    "reserved" / c.Int32ul,
+    "size_blocks" / c.Int64ul,
+)
+
+RestoreHead = c.Struct(
+    "target_id" / c.Int64ul,
+    "safety_id" / c.Int64ul,  # 0: none was taken
+    "journal_sequence" / c.Int32ul,  # the restored journal starts here, so stale transactions never look next
+    "reserved" / c.Int32ul,
+)
+
+BatchHeader = c.Struct(
+    "magic" / c.Bytes(4),  # BATCH_MAGIC
+    "crc" / c.Int32ul,  # crc32c of the rest of this header and the payload
+    "epoch" / c.Int64ul,
+    "sequence" / c.Int64ul,
+    "masks" / c.Int32ul,
+    "mask_words" / c.Int32ul,
+    "records" / c.Int32ul,
+    "crcs" / c.Int32ul,
+    "reserved" / c.Bytes(24),
+)
+
+SnapshotEntry = c.Struct(
+    "id" / c.Int64ul,
+    "bit" / c.Int32ul,
+    "kind" / c.Int8ul,
+    "consistency" / c.Int8ul,
+    "state" / c.Int8ul,
+    "reserved" / c.Int8ul,
+    "created_ns" / c.Int64sl,  # since 1970-01-01 UTC
+    "volume_bytes" / c.Int64ul,
+    "used_blocks" / c.Int64ul,
+    "name" / c.Prefixed(c.Int16ul, c.GreedyBytes),
+    "message" / c.Prefixed(c.Int32ul, c.GreedyBytes),
+    "restored_from" / c.Prefixed(c.Int16ul, c.GreedyBytes),
+)
+
+#: (logical, physical, length) in blocks.
+EXTENT_DTYPE = np.dtype([("logical", "<u8"), ("physical", "<u8"), ("length", "<u8")])
+RUN_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
+BLOB_DTYPE = np.dtype([("kind", "<u4"), ("key", "<u4"), ("length", "<u8"), ("crc", "<u4"), ("runs", "<u4")])
+#: One record: ``length`` blocks from ``block``; copies at logical blocks from ``copy``, or ZERO_COPY.
+RECORD_DTYPE = np.dtype([("block", "<u8"), ("copy", "<i8"), ("length", "<u4"), ("mask", "<u4"), ("writes", "<u4")])
+#: From snapshot ``id`` on, the preserved bitmap of group row ``row`` is the one at logical block ``ref``.
+HISTORY_DTYPE = np.dtype([("id", "<u8"), ("ref", "<i8"), ("row", "<u4"), ("crc", "<u4")])
+
+POINTER_BYTES = Pointer.sizeof()
+SEGMENT_HEADER = Segment.sizeof()
+BATCH_HEADER = BatchHeader.sizeof()
+SECTION_HEADER = SectionHeader.sizeof()
+assert POINTER_BYTES == 28
+assert Slot.sizeof() == SLOT_BYTES
+assert BATCH_HEADER == 64
+
+
+def crc(data: Any, value: int = 0) -> int:
+    """The usual crc32c (Castagnoli, inverted in and out) of ``data``, continued from ``value``."""
+    return int(_crc32c.crc32c(data, value))
+
+
+def build_pointer(slot_a: int, slot_b: int) -> bytes:
+    """The 28 bytes for 0x3e0 of a superblock."""
+    raw = bytes(
+        Pointer.build(
+            {"magic": POINTER_MAGIC, "version": VERSION, "reserved": 0, "slot_a": slot_a, "slot_b": slot_b, "crc": 0}
+        )
+    )
+    return raw[:24] + crc(raw[:24]).to_bytes(4, "little")
+
+
+def parse_pointer(raw: bytes) -> tuple[int, int] | None:
+    """(slot_a, slot_b), or None where the bytes are no valid pointer."""
+    if raw[:4] != POINTER_MAGIC or crc(raw[:24]) != int.from_bytes(raw[24:28], "little"):
+        return None
+    pointer = Pointer.parse(raw)
+    return int(pointer.slot_a), int(pointer.slot_b)
+
+
+def build_slot(**fields: Any) -> bytes:
+    """512 bytes of a header slot, checksum set."""
+    raw = bytes(
+        Slot.build(
+            {
+                "magic": SLOT_MAGIC,
+                "version": VERSION,
+                "compat": 0,
+                "ro_compat": 0,
+                "incompat": 0,
+                "reserved": bytes(SLOT_RESERVED),
+                "crc": 0,
+                **fields,
+            }
+        )
+    )
+    return raw[:-4] + crc(raw[:-4]).to_bytes(4, "little")
+
+
+def parse_slot(raw: bytes) -> Any:
+    """The parsed slot, or None where it is not one (wrong magic or checksum)."""
+    raw = raw[:SLOT_BYTES]
+    if len(raw) < SLOT_BYTES or raw[:8] != SLOT_MAGIC or crc(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        return None
+    return Slot.parse(raw)
+
+
+def build_sections(sections: list[tuple[int, bytes]]) -> bytes:
+    """Concatenate sections, each with its header and padded to 8 bytes."""
+    parts = []
+    for kind, payload in sections:
+        parts.append(bytes(SectionHeader.build({"kind": kind, "reserved": 0, "length": len(payload)})))
+        parts.append(payload)
+        parts.append(bytes(-len(payload) % 8))
+    return b"".join(parts)
+
+
+def parse_sections(raw: bytes) -> dict[int, bytes]:
+    """Payloads by section kind.
+
+    Raises:
+        StoreDamaged: A length runs past the end, or a section stands twice.
+    """
+    sections: dict[int, bytes] = {}
+    offset = 0
+    while offset < len(raw):
+        if offset + SECTION_HEADER > len(raw):
+            raise StoreDamaged(f"root: a section header at byte {offset} is cut off")
+        head = SectionHeader.parse(raw[offset : offset + SECTION_HEADER])
+        offset += SECTION_HEADER
+        if offset + head.length > len(raw) or head.kind in sections:
+            raise StoreDamaged(f"root: section {head.kind} at byte {offset} is too long or stands twice")
+        sections[int(head.kind)] = raw[offset : offset + head.length]
+        offset += head.length + -head.length % 8
+    return sections
+
+
+def parse_table(raw: bytes, dtype: np.dtype[Any], name: str) -> np.ndarray[Any, Any]:
+    """A structured array over ``raw``; its length must be a whole number of entries."""
+    if len(raw) % dtype.itemsize:
+        raise StoreDamaged(f"{name}: {len(raw)} bytes are not a whole number of {dtype.itemsize}-byte entries")
+    return np.frombuffer(raw, dtype)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One snapshot instance, as the snapshot table holds it.
+
+    Attributes:
+        id: Unique for ever in this store, in order of creation.
+        bit: Its bit of the counting bitmap.
+        created_ns: Nanoseconds since 1970 UTC.
+        volume_bytes: Size of the view.
+        used_blocks: Blocks that the view preserves.
+        restored_from: For a safety snapshot, the name of the snapshot that was restored; else "".
+    """
+
+    id: int
+    bit: int
+    name: str
+    message: str
+    kind: Kind
+    consistency: Consistency
+    state: State
+    created_ns: int
+    volume_bytes: int
+    used_blocks: int
+    restored_from: str = ""
+
+    def build(self) -> bytes:
+        """The bytes of this entry in the snapshot table."""
+        return bytes(
+            SnapshotEntry.build(
+                {
+                    "id": self.id,
+                    "bit": self.bit,
+                    "kind": self.kind,
+                    "consistency": self.consistency,
+                    "state": self.state,
+                    "reserved": 0,
+                    "created_ns": self.created_ns,
+                    "volume_bytes": self.volume_bytes,
+                    "used_blocks": self.used_blocks,
+                    "name": self.name.encode(),
+                    "message": self.message.encode(),
+                    "restored_from": self.restored_from.encode(),
+                }
+            )
+        )
+
+
+def parse_snapshots(raw: bytes) -> list[Snapshot]:
+    """The snapshot table.
+
+    Raises:
+        StoreDamaged: An entry is cut off or has an impossible value.
+    """
+    try:
+        return [
+            Snapshot(
+                id=int(entry.id),
+                bit=int(entry.bit),
+                name=entry.name.decode(),
+                message=entry.message.decode(),
+                kind=Kind(entry.kind),
+                consistency=Consistency(entry.consistency),
+                state=State(entry.state),
+                created_ns=int(entry.created_ns),
+                volume_bytes=int(entry.volume_bytes),
+                used_blocks=int(entry.used_blocks),
+                restored_from=entry.restored_from.decode(),
+            )
+            for entry in _parse_entries(raw)
+        ]
+    except (c.ConstructError, ValueError) as error:
+        raise StoreDamaged(f"snapshot table: {error}") from error
+
+
+def _parse_entries(raw: bytes) -> list[Any]:
+    entries = []
+    stream = io.BytesIO(raw)
+    while stream.tell() < len(raw):
+        entries.append(SnapshotEntry.parse_stream(stream))
+    return entries

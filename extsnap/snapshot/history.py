@@ -1,0 +1,212 @@
+"""Which blocks every snapshot preserves, group by group, through time.
+
+The preserved bitmap of a snapshot is cut into *group rows*: one row for each block group of the filesystem,
+and one before the first group where `s_first_data_block` is not 0.  A table says for each row from which
+snapshot on it has which bitmap; a row that did not change since the snapshot before has no entry, and a row
+of all zeros or all ones has no bitmap in the store.  So a snapshot costs what changed.
+
+A *position* is a block number plus `shift`, so that every ext group starts at a multiple of the row length.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from extsnap.errors import StoreDamaged
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.arrays import Bits, Ints, test_bits
+from extsnap.snapshot.format import ALL_CLEAR, ALL_SET
+from extsnap.snapshot.masks import Words, mask_of
+
+#: Group rows kept unpacked for the write path, at most this many bytes.
+CACHE_BYTES = 64 << 20
+
+
+class History:
+    """The preserved bitmaps of all snapshots.
+
+    Args:
+        rows: Number of group rows.
+        row_bytes: Bytes of one row's bitmap (blocks per group / 8).
+        table: HISTORY_DTYPE entries, in any order.
+        read: Reads logical blocks of the store: (int64[n]) -> uint8[n, block_size].
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        row_bytes: int,
+        table: npt.NDArray[np.void],
+        read: Callable[[Ints], npt.NDArray[np.uint8]],
+    ) -> None:
+        self.rows = rows
+        self.row_bytes = row_bytes
+        self._read = read
+        self._cache: OrderedDict[int, tuple[Bits, Words]] = OrderedDict()
+        self._alive: list[tuple[int, int]] = []
+        self._words = 1
+        if len(table) and int(table["row"].max()) >= rows:
+            raise StoreDamaged("history: an entry names a group that the volume does not have")
+        self._set_table(np.array(table, fmt.HISTORY_DTYPE))
+
+    def _set_table(self, table: npt.NDArray[np.void]) -> None:
+        order = np.lexsort((table["id"], table["row"]))
+        self.table = table[order]
+        self._row = self.table["row"].astype(np.int64)
+        self._id = self.table["id"].astype(np.int64)
+        self._ref = self.table["ref"].astype(np.int64)
+        self._crc = self.table["crc"].astype(np.int64)
+        self._bounds = np.searchsorted(self._row, np.arange(self.rows + 1))
+        self._cache.clear()
+
+    def set_alive(self, alive: list[tuple[int, int]], words: int) -> None:
+        """Name the snapshots that count, as (id, bit), and the width of masks."""
+        self._alive, self._words = sorted(alive), words
+        self._cache.clear()
+
+    def refs_in_use(self) -> Ints:
+        """Logical blocks that hold bitmaps: int64[n], sorted, each once."""
+        return np.unique(self._ref[self._ref >= 0])
+
+    # -- reading ----------------------------------------------------------------------------------------
+
+    def _entries_at(self, snapshot_id: int) -> tuple[Ints, Ints]:
+        """(rows, entries): of each row that has one, the entry in force at ``snapshot_id``."""
+        known = np.flatnonzero(self._id <= snapshot_id)
+        if not len(known):
+            return known, known
+        rows = self._row[known]
+        last = np.append(np.diff(rows) != 0, True)
+        return rows[last], known[last]
+
+    def _load(self, entries: Ints, out: Bits) -> None:
+        """Fill ``out`` (uint8[n, row_bytes]) with the bitmaps of ``entries``, checksums verified."""
+        refs = self._ref[entries]
+        out[refs == ALL_SET] = 0xFF
+        out[refs == ALL_CLEAR] = 0
+        stored = np.flatnonzero(refs >= 0)
+        for start in range(0, len(stored), 4096):  # bounded memory: a batch of blocks at a time
+            which = stored[start : start + 4096]
+            blocks = self._read(refs[which])[:, : self.row_bytes]
+            for index, bitmap in zip(which.tolist(), blocks, strict=True):
+                if fmt.crc(bitmap.tobytes()) != self._crc[entries[index]]:
+                    raise StoreDamaged(
+                        f"the preserved bitmap of group row {self._row[entries[index]]} "
+                        f"(snapshot id {self._id[entries[index]]}) fails its checksum"
+                    )
+            out[which] = blocks
+
+    def assemble(self, snapshot_id: int) -> Bits:
+        """The whole preserved bitmap of one snapshot: uint8[rows, row_bytes]."""
+        out = np.zeros((self.rows, self.row_bytes), np.uint8)
+        rows, entries = self._entries_at(snapshot_id)
+        if len(rows):
+            loaded = np.zeros((len(rows), self.row_bytes), np.uint8)
+            self._load(entries, loaded)
+            out[rows] = loaded
+        return out
+
+    def union(self) -> Bits:
+        """Blocks that any living snapshot preserves: uint8[rows, row_bytes]."""
+        out = np.zeros((self.rows, self.row_bytes), np.uint8)
+        if not self._alive:
+            return out
+        used = np.zeros(len(self._row), np.bool_)
+        for snapshot_id, _ in self._alive:
+            used[self._entries_at(snapshot_id)[1]] = True
+        entries = np.flatnonzero(used & (self._ref != ALL_CLEAR))
+        for start in range(0, len(entries), 4096):
+            part = entries[start : start + 4096]
+            loaded = np.zeros((len(part), self.row_bytes), np.uint8)
+            self._load(part, loaded)
+            np.bitwise_or.at(out, self._row[part], loaded)
+        return out
+
+    def _group(self, row: int) -> tuple[Bits, Words]:
+        """(bitmaps uint8[d, row_bytes], masks uint64[d, words]): the distinct bitmaps of a row and who has them."""
+        cached = self._cache.get(row)
+        if cached is not None:
+            self._cache.move_to_end(row)
+            return cached
+        low, high = int(self._bounds[row]), int(self._bounds[row + 1])
+        ids = self._id[low:high]
+        users: dict[int, list[int]] = {}
+        for snapshot_id, bit in self._alive:
+            entry = int(np.searchsorted(ids, snapshot_id, "right")) - 1
+            if entry >= 0 and self._ref[low + entry] != ALL_CLEAR:
+                users.setdefault(low + entry, []).append(bit)
+        entries = np.array(list(users), np.int64)
+        bitmaps = np.zeros((len(entries), self.row_bytes), np.uint8)
+        self._load(entries, bitmaps)
+        masks = np.zeros((len(entries), self._words), np.uint64)
+        for index, bits in enumerate(users.values()):
+            masks[index] = mask_of(bits, self._words)
+        self._cache[row] = (bitmaps, masks)
+        limit = max(16, CACHE_BYTES // max(1, self.row_bytes * max(1, len(self._alive))))
+        while len(self._cache) > limit:
+            self._cache.popitem(last=False)
+        return bitmaps, masks
+
+    def masks_at(self, positions: Ints) -> Words:
+        """For sorted positions, which living snapshots preserve them: uint64[n, words]."""
+        out = np.zeros((len(positions), self._words), np.uint64)
+        if not len(positions) or not self._alive:
+            return out
+        per_row = self.row_bytes * 8
+        rows = positions // per_row
+        first = np.flatnonzero(np.diff(rows, prepend=-1))
+        ends = np.append(first[1:], len(positions))
+        for start, end in zip(first.tolist(), ends.tolist(), strict=True):  # rows touched by one batch
+            row = int(rows[start])
+            bitmaps, masks = self._group(row)
+            within = positions[start:end] - row * per_row
+            for bitmap, mask in zip(bitmaps, masks, strict=True):
+                out[start:end][test_bits(bitmap, within)] |= mask
+        return out
+
+    def preserved_by(self, snapshot_id: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """bool[stop - start]: which positions a snapshot preserves."""
+        per_row = self.row_bytes * 8
+        low, high = start // per_row, (stop - 1) // per_row + 1
+        out = np.zeros((high - low, self.row_bytes), np.uint8)
+        for row in range(low, high):  # a request spans one row, seldom two
+            first, last = int(self._bounds[row]), int(self._bounds[row + 1])
+            entry = first + int(np.searchsorted(self._id[first:last], snapshot_id, "right")) - 1
+            if entry >= first:
+                self._load(np.array([entry]), out[row - low : row - low + 1])
+        bits = np.unpackbits(out.reshape(-1), bitorder="little").astype(np.bool_)
+        return bits[start - low * per_row : stop - low * per_row]
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    def changed_rows(self, latest_id: int, bitmaps: Bits) -> Ints:
+        """Rows in which ``bitmaps`` (uint8[rows, row_bytes]) differ from those of ``latest_id``."""
+        return np.flatnonzero((self.assemble(latest_id) != bitmaps).any(axis=1))
+
+    def needs_block(self, bitmaps: Bits) -> npt.NDArray[np.bool_]:
+        """bool[n]: which bitmaps (uint8[n, row_bytes]) are not uniform."""
+        return ~((bitmaps == 0).all(axis=1) | (bitmaps == 0xFF).all(axis=1))
+
+    def add(self, snapshot_id: int, rows: Ints, bitmaps: Bits, refs: Ints) -> None:
+        """From ``snapshot_id`` on, ``rows`` have ``bitmaps``; those that need a block are at ``refs``, in order."""
+        new = np.zeros(len(rows), fmt.HISTORY_DTYPE)
+        new["id"], new["row"] = snapshot_id, rows
+        stored = self.needs_block(bitmaps)
+        reference = np.where((bitmaps[:, 0] == 0xFF), ALL_SET, ALL_CLEAR)
+        reference[stored] = refs
+        new["ref"] = reference
+        new["crc"][stored] = [fmt.crc(bitmap.tobytes()) for bitmap in bitmaps[stored]]
+        self._set_table(np.concatenate([self.table, new]))
+
+    def collect(self) -> Ints:
+        """Drop the entries that no living snapshot sees; returns the logical blocks that nobody refers to now."""
+        before = self.refs_in_use()
+        keep = np.zeros(len(self._row), np.bool_)
+        for snapshot_id, _ in self._alive:
+            keep[self._entries_at(snapshot_id)[1]] = True
+        self._set_table(self.table[keep])
+        return np.setdiff1d(before, self.refs_in_use())

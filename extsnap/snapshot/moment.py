@@ -1,0 +1,76 @@
+"""The moment of creation: which blocks a snapshot preserves, and the fingerprint of a volume at rest."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from extsnap.errors import NeedsRecovery, VolumeDirty
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot.arrays import Bits, Ints, set_runs
+
+
+def require_clean(fs: Filesystem, path: str) -> None:
+    """Refuse a filesystem whose bitmaps cannot be believed yet.
+
+    Raises:
+        NeedsRecovery: The journal must be replayed.
+        VolumeDirty: It was not cleanly unmounted, or is marked with errors.
+    """
+    if fs.needs_recovery:
+        raise NeedsRecovery(f"{path} needs journal recovery", hint=f"run e2fsck -p {path} first")
+    if fs.has_errors:
+        raise VolumeDirty(f"{path} is marked as having errors", hint=f"run e2fsck -f {path} first")
+    if not fs.is_clean:
+        raise VolumeDirty(f"{path} was not cleanly unmounted", hint=f"run e2fsck -p {path} first")
+
+
+def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> Bits:
+    """What a snapshot taken now preserves: uint8[rows, row_bytes], by position (block + shift).
+
+    Used blocks by ext's bitmaps, the blocks that no bitmap covers (before s_first_data_block, past
+    s_blocks_count), and the store's mapping blocks; without the store's data, the data of an empty journal,
+    and inode-table blocks that the descriptors call unused.
+
+    Args:
+        fs: The clean filesystem.
+        rows, row_bytes, shift: Layout of group rows (see `history`).
+        blocks: Blocks of the device, a ragged last one included.
+        owned: Physical runs (start, length) of the store's data.
+    """
+    geometry = fs.geometry
+    bitmap = np.zeros((rows, row_bytes), np.uint8)
+    first_row = 1 if shift else 0
+    bitmap[first_row : first_row + geometry.groups] = fs.block_bitmaps()
+    flat = bitmap.reshape(-1)
+    set_runs(flat, np.array([[shift, geometry.first_data_block]], np.int64))
+    end = rows * row_bytes * 8
+    set_runs(flat, np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
+    set_runs(flat, np.array([[blocks + shift, end - blocks - shift]], np.int64), False)
+    move = np.array([shift, 0], np.int64)
+    set_runs(flat, owned + move, False)
+    set_runs(flat, fs.inode_table_unused() + move, False)
+    journal = fs.journal
+    if journal is not None and journal.is_empty:
+        set_runs(flat, journal.data_runs + move, False)
+    return bitmap
+
+
+def fingerprint(fs: Filesystem) -> bytes:
+    """32 bytes that change when anybody writes to the volume's metadata at rest.
+
+    Covers the superblock, the group descriptors (whose checksums cover the bitmaps), the journal's superblock,
+    and the bitmaps themselves where descriptors have no checksums of them.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    geometry = fs.geometry
+    size = geometry.block_size
+    digest.update(fs.device.pread(1024, 1024))
+    table = geometry.groups * geometry.desc_size
+    digest.update(fs.device.pread((1024 // size + 1) * size, -(-table // size) * size))
+    if fs.journal is not None:
+        digest.update(fs.device.pread(fs.journal.superblock_block * size, 1024))
+    if not geometry.has_metadata_csum:
+        digest.update(fs.block_bitmaps().tobytes())
+    return digest.digest()

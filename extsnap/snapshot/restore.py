@@ -1,0 +1,238 @@
+"""Restore: the base volume becomes a snapshot, and every other snapshot stays.
+
+It is an exchange.  The target's old content goes home to the base volume, what stood there is copied for the
+snapshots that need it (the safety snapshot among them), and the records whose copies now equal the base are
+dropped.
+
+What is durable when:
+ 1. room for every copy is made or the restore is refused; nothing changed but the size of the store
+ 2. mark on; one header commit makes the safety snapshot and the restore intent true together
+ 3. the target is written through the write path, data first, the grafted metadata last; barrier
+ 4. one header commit drops the records that are equal now, takes over the mapping blocks, ends the intent
+ 5. the mark comes off
+A crash between 2 and 4 leaves the mark, so nobody mounts a half-restored volume, and the next command repeats 3:
+the target's view does not change meanwhile, because the write path preserves it like every other snapshot.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extsnap.blockdev.overlay import Overlay
+from extsnap.errors import RestoreRefused, SnapshotNotFound, VolumeFull
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import edit, graft
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.arrays import Ints, expand, runs_of, set_runs, test_bits
+from extsnap.snapshot.index import Level
+from extsnap.snapshot.store import RestoreIntent
+from extsnap.snapshot.view import View
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.volume import Volume
+
+#: Blocks of the base volume compared and written at once.
+PIECE_BLOCKS = 1024
+
+
+def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot | None:
+    """Restore ``name``; returns the safety snapshot taken before, if any.
+
+    Raises:
+        SnapshotNotFound: No such snapshot.
+        RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
+    """
+    volume.require_trusted()
+    target = volume.find(name)
+    engine, store = volume.require_engine(), volume.require_store()
+    if target.volume_bytes != volume.size:
+        raise RestoreRefused(
+            f"snapshot {name!a} has {target.volume_bytes} bytes and the volume has {volume.size}; nothing was changed",
+            hint="export the snapshot instead",
+        )
+    engine.flush()
+    created = volume.now_ns()
+    entry = None
+    try:
+        for _ in range(4):
+            engine.flush()
+            changes, mapping, sequence = _target_metadata(volume, target, None, None)
+            blocks = np.union1d(_recorded_blocks(volume, target), np.array(sorted(changes), np.int64))
+            copies = _copies_needed(volume, blocks, everything=safety)
+            if safety:
+                volume.make_room_for_snapshot()
+            missing = copies + engine.reserve() + edit.MINIMUM_ROOM - store.available
+            if missing <= 0:
+                break
+            if not edit.grow(volume, missing + 32):
+                break
+            changes = {}
+        if missing > 0:
+            raise VolumeFull(
+                f"the restore needs {copies * volume.block_size} bytes for copies, {missing * volume.block_size} more "
+                f"than the volume has; nothing was changed",
+                hint="delete a snapshot, delete files, or use --no-safety",
+            )
+        if not changes:
+            changes, mapping, sequence = _target_metadata(volume, target, None, None)
+        volume.set_mark(True)
+        if safety:
+            entry = volume.stage_snapshot(
+                _safety_name(volume, name, created),
+                f"before restoring {name}",
+                fmt.Kind.SAFETY,
+                fmt.Consistency.CLEAN,
+                created,
+                restored_from=name,
+            )
+        store.root.restore = RestoreIntent(target.id, entry.id if entry else 0, sequence, mapping)
+        if safety:
+            volume.commit_snapshot()
+        else:
+            store.commit()
+    except Exception:
+        volume._back_to_rest()
+        raise
+    complete(volume)
+    volume.settle()
+    return entry
+
+
+def newest_safety(volume: Volume) -> fmt.Snapshot:
+    """The safety snapshot that ``--undo`` goes back to.
+
+    Raises:
+        SnapshotNotFound: There is none.
+    """
+    found = [entry for entry in volume.snapshot_list() if entry.kind == fmt.Kind.SAFETY]
+    if not found:
+        raise SnapshotNotFound(f"{volume.path} has no safety snapshot to go back to", hint="see extsnap list")
+    return found[-1]
+
+
+def _safety_name(volume: Volume, name: str, created: int) -> str:
+
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(created // 10**9))
+    room = 255 - len(f"before-restore--{stamp}-999")
+    short = name.encode()[:room].decode(errors="ignore")
+    base = f"before-restore-{short}-{stamp}"
+    taken = set(volume.snapshot_names())
+    number, chosen = 1, base
+    while chosen in taken:
+        number += 1
+        chosen = f"{base}-{number}"
+    return chosen
+
+
+def _recorded_blocks(volume: Volume, target: fmt.Snapshot) -> Ints:
+    """Blocks whose content the target keeps in a copy: all that can differ from the base; sorted."""
+    engine = volume.require_engine()
+    named = engine.masks.has(target.bit)
+    parts = [expand(level.block[named[level.mask]], level.length[named[level.mask]]) for level in engine.index.levels]
+    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+
+def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:
+    """An upper bound of the copies that writing ``blocks`` makes; with ``everything`` a safety snapshot counts too."""
+    engine = volume.require_engine()
+    needed = test_bits(engine.need_bits, blocks + engine.shift)
+    if everything:
+        needed |= test_bits(volume.preserved_now().reshape(-1), blocks + engine.shift)
+    return int(needed.sum())
+
+
+def _target_metadata(
+    volume: Volume, target: fmt.Snapshot, mapping: Ints | None, sequence: int | None
+) -> tuple[dict[int, bytes], Ints, int]:
+    """The target's metadata with today's store in it.
+
+    Returns:
+        (blocks that differ from the target's view, mapping blocks, journal sequence).
+    """
+    engine, store = volume.require_engine(), volume.require_store()
+    overlay = Overlay(View(engine, target), volume.block_size)  # type: ignore[arg-type]  # never written below
+    fs = Filesystem.open(overlay, writable=True)
+    mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups(fs))
+    journal = fs.journal
+    if journal is not None:
+        if sequence is None:
+            now = volume.filesystem().journal
+            # Past everything that today's stale journal blocks can hold, so that none looks like the next one.
+            sequence = (max(journal.sequence, now.sequence if now else 0) + 1) & 0xFFFFFFFF
+        fs.write_block(journal.superblock_block, journal.superblock_with(sequence=sequence))
+    fs.flush()
+    return overlay.changes(), mapping, sequence or 0
+
+
+def complete(volume: Volume) -> None:
+    """Steps 3 and 4 of the restore that the header intends; safe to repeat."""
+    engine, store = volume.require_engine(), volume.require_store()
+    intent = store.root.restore
+    if intent is None:
+        return
+    target = next(entry for entry in engine.snapshots if entry.id == intent.target_id)
+    view = View(engine, target)
+    changes, mapping, _ = _target_metadata(volume, target, intent.mapping, intent.journal_sequence)
+    recorded = _recorded_blocks(volume, target)
+    metadata = np.array(sorted(changes), np.int64)
+    plain = np.setdiff1d(recorded, metadata)
+    size = volume.block_size
+    for low in range(0, len(plain), PIECE_BLOCKS):
+        _write_equal(volume, view, plain[low : low + PIECE_BLOCKS])
+    engine.commit()
+    for start, count in runs_of(metadata).tolist():
+        for block in range(start, start + count, PIECE_BLOCKS):
+            last = min(block + PIECE_BLOCKS, start + count)
+            engine.pwrite(block * size, b"".join(changes[number] for number in range(block, last)))
+    engine.flush()
+    _drop_equal(volume, target, plain)
+    store.root.mapping = mapping
+    store.root.restore = None
+    engine.fold(commit=False)
+    store.commit()
+    engine.index.apply_writes()
+
+
+def _write_equal(volume: Volume, view: View, blocks: Ints) -> None:
+    """Make the base equal to the view in ``blocks`` (sorted), writing only what differs."""
+    engine, size = volume.require_engine(), volume.block_size
+    for start, count in runs_of(blocks).tolist():
+        offset = start * size
+        length = min(count * size, volume.size - offset)
+        wanted, found = view.pread(offset, length), engine.pread(offset, length)
+        if wanted == found:
+            continue
+        if length % size:
+            engine.pwrite(offset, wanted)
+            continue
+        new = np.frombuffer(wanted, np.uint64).reshape(count, -1)
+        differs = (new != np.frombuffer(found, np.uint64).reshape(count, -1)).any(axis=1)
+        for first, run in runs_of(np.flatnonzero(differs)).tolist():
+            engine.pwrite(offset + first * size, wanted[first * size : (first + run) * size])
+
+
+def _drop_equal(volume: Volume, target: fmt.Snapshot, blocks: Ints) -> None:
+    """Drop the records of the target in ``blocks``, where copy and base are equal and durable now.
+
+    All snapshots of such a record read the same content, so all of them need the base block from here on.
+    """
+    if not len(blocks):
+        return
+    engine, store = volume.require_engine(), volume.require_store()
+    named = engine.masks.has(target.bit)
+    before: list[Ints] = []
+    after: list[Ints] = []
+    levels: list[Level] = []
+    for level in engine.index.levels:
+        cut = level.without(blocks, named[level.mask])
+        levels.append(cut)
+        if cut is not level:
+            before.append(expand(level.copy[level.copy >= 0], level.length[level.copy >= 0]))
+            after.append(expand(cut.copy[cut.copy >= 0], cut.length[cut.copy >= 0]))
+    engine.index.replace(levels)
+    if before:
+        store.release(np.setdiff1d(np.concatenate(before), np.concatenate(after)))
+    set_runs(engine.need_bits, runs_of(blocks) + np.array([engine.shift, 0]))

@@ -1,0 +1,717 @@
+"""The store: header, logical blocks, blobs and the log.
+
+What is durable when
+--------------------
+* ``write_blocks`` and ``write_blob`` fill blocks that no committed header refers to.
+* ``commit`` first makes them durable (barrier), then writes a new root chain and slot A, barrier, then a second
+  root chain and slot B, barrier.  A crash before slot A is durable leaves the old state, whole; after it, the
+  new one.  A slot that is durable without its chain fails the root's checksum, and the other slot is taken.
+  At rest both slots say the same, each with a chain of its own, so one damaged block of either is survived.
+* Blocks given to ``release`` are reused only after the commit that no longer refers to them is durable.
+* ``append_batch`` writes into the log in place, never over a sector of a committed batch.  The batch counts
+  once the caller's barrier returned; its checksum is salted with the epoch, which every fold moves on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import construct
+import numpy as np
+import numpy.typing as npt
+
+from extsnap.blockdev.base import Buffer, Device
+from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.arrays import Bits, Ints, bits_of, breaks_to_runs, expand, runs_of, set_runs
+
+#: Rows (logical, physical, length).
+Extents = npt.NDArray[np.int64]
+NO_EXTENTS: Extents = np.zeros((0, 3), np.int64)
+NO_FLAGS = fmt.SlotFlags(0)
+NO_BLOCKS: Ints = np.zeros(0, np.int64)
+#: The two slots are the first two logical blocks of the store.
+SLOT_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A byte string in the store: ``runs`` are logical (start, length)."""
+
+    length: int
+    crc: int
+    runs: Ints
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An edit of the filesystem that was committed and may not be applied yet; its blocks are the REDO blob."""
+
+    kind: fmt.PendingKind
+    extents: Extents
+    mapping: Ints
+    size_blocks: int
+
+
+@dataclass(frozen=True)
+class RestoreIntent:
+    """A restore that was committed; it is repeated until it is done."""
+
+    target_id: int
+    safety_id: int
+    journal_sequence: int
+    mapping: Ints
+
+
+@dataclass
+class Root:
+    """Everything that one header commit makes true.
+
+    Attributes:
+        extents: Rows (logical, physical, length) that the store owns: data and metadata of extsnap.
+        mapping: Physical blocks of the store inode's extent nodes or indirect blocks.
+        size_blocks: Logical size of the store.
+        counting: The counting bitmap: bit i is set where snapshot bit i is allocated.
+        superblocks: Byte offsets of the superblocks that carry guard, mark and pointer.
+    """
+
+    store_uuid: bytes
+    fs_uuid: bytes
+    block_size: int
+    generation: int = 0
+    flags: fmt.SlotFlags = NO_FLAGS
+    extents: Extents = field(default_factory=lambda: NO_EXTENTS)
+    mapping: Ints = field(default_factory=lambda: NO_BLOCKS)
+    directory_inode: int = 0
+    store_inode: int = 0
+    directory_block: int = 0
+    size_blocks: int = 0
+    next_id: int = 1
+    counting: int = 0
+    blobs: dict[tuple[int, int], Blob] = field(default_factory=dict)
+    log_epoch: int = 1
+    log_start: int = SLOT_BLOCKS
+    log_blocks: int = 0
+    superblocks: list[int] = field(default_factory=list)
+    pending: Pending | None = None
+    restore: RestoreIntent | None = None
+    properties: dict[str, str] = field(default_factory=dict)
+    fingerprint: bytes = b""
+
+    def allocation_runs(self) -> Ints:
+        """Runs (start, length) of every block of extsnap: what the snapshot allocation bitmap holds."""
+        blocks = np.sort(np.concatenate([expand(self.extents[:, 1], self.extents[:, 2]), self.mapping]))
+        return runs_of(blocks)
+
+    def build(self) -> bytes:
+        """The root's bytes: its sections."""
+        section = fmt.Section
+        words = max(1, (self.counting.bit_length() + 63) // 64)
+        place = fmt.Place.build(
+            {
+                "directory_inode": self.directory_inode,
+                "store_inode": self.store_inode,
+                "directory_block": self.directory_block,
+                "next_id": self.next_id,
+                "size_blocks": self.size_blocks,
+            }
+        )
+        log = fmt.LogPlace.build({"epoch": self.log_epoch, "start": self.log_start, "blocks": self.log_blocks})
+        blobs = np.zeros(len(self.blobs), fmt.BLOB_DTYPE)
+        for index, ((kind, key), blob) in enumerate(sorted(self.blobs.items())):
+            blobs[index] = (kind, key, blob.length, blob.crc, len(blob.runs))
+        runs = [_runs_bytes(blob.runs) for _, blob in sorted(self.blobs.items())]
+        sections = [
+            (section.EXTENTS, _extents_bytes(self.extents)),
+            (section.MAPPING, self.mapping.astype("<u8").tobytes()),
+            (section.PLACE, bytes(place)),
+            (section.COUNTING_BITMAP, self.counting.to_bytes(words * 8, "little")),
+            (section.BLOBS, blobs.tobytes()),
+            (section.BLOB_RUNS, b"".join(runs)),
+            (section.LOG, bytes(log)),
+            (section.SUPERBLOCKS, np.array(self.superblocks, "<u8").tobytes()),
+            (section.PROPERTIES, "".join(f"{k}={v}\n" for k, v in sorted(self.properties.items())).encode()),
+            (section.FINGERPRINT, self.fingerprint),
+            (section.ALLOCATION, _runs_bytes(self.allocation_runs())),
+        ]
+        if self.pending:
+            head = {"kind": self.pending.kind, "reserved": 0, "size_blocks": self.pending.size_blocks}
+            sections += [
+                (section.PENDING, bytes(fmt.PendingHead.build(head))),
+                (section.PENDING_EXTENTS, _extents_bytes(self.pending.extents)),
+                (section.PENDING_MAPPING, self.pending.mapping.astype("<u8").tobytes()),
+            ]
+        if self.restore:
+            intent = {
+                "target_id": self.restore.target_id,
+                "safety_id": self.restore.safety_id,
+                "journal_sequence": self.restore.journal_sequence,
+                "reserved": 0,
+            }
+            sections += [
+                (section.RESTORE, bytes(fmt.RestoreHead.build(intent))),
+                (section.RESTORE_MAPPING, self.restore.mapping.astype("<u8").tobytes()),
+            ]
+        return fmt.build_sections([(int(kind), payload) for kind, payload in sections])
+
+    @classmethod
+    def parse(cls, slot: Any, raw: bytes, device_blocks: int) -> Root:
+        """From a slot and the root that it names.
+
+        Raises:
+            StoreDamaged: Something is missing, or points outside the volume or onto itself.
+        """
+        section = fmt.Section
+        parts = fmt.parse_sections(raw)
+        try:
+            place = fmt.Place.parse(parts[section.PLACE])
+            log = fmt.LogPlace.parse(parts[section.LOG])
+            blobs = _parse_blobs(parts[section.BLOBS], parts[section.BLOB_RUNS])
+            root = cls(
+                store_uuid=slot.store_uuid,
+                fs_uuid=slot.fs_uuid,
+                block_size=slot.block_size,
+                generation=slot.generation,
+                flags=fmt.SlotFlags(slot.flags),
+                extents=_parse_extents(parts[section.EXTENTS], device_blocks),
+                mapping=fmt.parse_table(parts[section.MAPPING], np.dtype("<u8"), "mapping").astype(np.int64),
+                directory_inode=place.directory_inode,
+                store_inode=place.store_inode,
+                directory_block=place.directory_block,
+                size_blocks=place.size_blocks,
+                next_id=place.next_id,
+                counting=int.from_bytes(parts[section.COUNTING_BITMAP], "little"),
+                blobs=blobs,
+                log_epoch=log.epoch,
+                log_start=log.start,
+                log_blocks=log.blocks,
+                superblocks=[
+                    int(at) for at in fmt.parse_table(parts[section.SUPERBLOCKS], np.dtype("<u8"), "superblocks")
+                ],
+                properties=dict(
+                    line.split("=", 1) for line in parts[section.PROPERTIES].decode().splitlines() if "=" in line
+                ),
+                fingerprint=parts[section.FINGERPRINT],
+            )
+            if section.PENDING in parts:
+                head = fmt.PendingHead.parse(parts[section.PENDING])
+                root.pending = Pending(
+                    fmt.PendingKind(head.kind),
+                    _parse_extents(parts[section.PENDING_EXTENTS], device_blocks),
+                    fmt.parse_table(parts[section.PENDING_MAPPING], np.dtype("<u8"), "pending").astype(np.int64),
+                    int(head.size_blocks),
+                )
+            if section.RESTORE in parts:
+                intent = fmt.RestoreHead.parse(parts[section.RESTORE])
+                root.restore = RestoreIntent(
+                    int(intent.target_id),
+                    int(intent.safety_id),
+                    int(intent.journal_sequence),
+                    fmt.parse_table(parts[section.RESTORE_MAPPING], np.dtype("<u8"), "restore").astype(np.int64),
+                )
+        except KeyError as error:
+            raise StoreDamaged(f"root: section {error} is missing") from error
+        except (construct.ConstructError, ValueError) as error:
+            raise StoreDamaged(f"root: {error}") from error
+        if len(root.mapping) and (root.mapping.min() < 0 or root.mapping.max() >= device_blocks):
+            raise StoreDamaged("root: a mapping block lies outside the volume")
+        return root
+
+
+def _extents_bytes(extents: Extents) -> bytes:
+    table = np.zeros(len(extents), fmt.EXTENT_DTYPE)
+    table["logical"], table["physical"], table["length"] = extents.T
+    return table.tobytes()
+
+
+def _parse_extents(raw: bytes, device_blocks: int) -> Extents:
+    table = fmt.parse_table(raw, fmt.EXTENT_DTYPE, "extents")
+    extents = np.stack([table["logical"], table["physical"], table["length"]], axis=1).astype(np.int64)
+    if not len(extents):
+        return NO_EXTENTS
+    if extents.min() < 0 or (extents[:, 2] < 1).any() or (extents[:, 2] > device_blocks).any():
+        raise StoreDamaged("extents: a length or an address is impossible")
+    ends = extents[:, 0] + extents[:, 2]
+    by_physical = extents[np.argsort(extents[:, 1], kind="stable")]
+    overlaps = (by_physical[:-1, 1] + by_physical[:-1, 2] > by_physical[1:, 1]).any()
+    if (ends[:-1] > extents[1:, 0]).any() or overlaps or (extents[:, 1] + extents[:, 2]).max() > device_blocks:
+        raise StoreDamaged("extents: out of order, overlapping or outside the volume")
+    return extents
+
+
+def _runs_bytes(runs: Ints) -> bytes:
+    table = np.zeros(len(runs), fmt.RUN_DTYPE)
+    if len(runs):
+        table["start"], table["length"] = runs.T
+    return table.tobytes()
+
+
+def _parse_blobs(raw: bytes, raw_runs: bytes) -> dict[tuple[int, int], Blob]:
+    table = fmt.parse_table(raw, fmt.BLOB_DTYPE, "blobs")
+    runs = fmt.parse_table(raw_runs, fmt.RUN_DTYPE, "blob runs")
+    pairs = np.stack([runs["start"], runs["length"]], axis=1).astype(np.int64)
+    blobs, at = {}, 0
+    for entry in table:  # one a blob: a few, whatever the size of the volume
+        count = int(entry["runs"])
+        blobs[int(entry["kind"]), int(entry["key"])] = Blob(
+            int(entry["length"]), int(entry["crc"]), pairs[at : at + count]
+        )
+        at += count
+    if at != len(pairs):
+        raise StoreDamaged("blobs: the runs do not add up")
+    return blobs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of the log, parsed."""
+
+    sequence: int
+    masks: npt.NDArray[np.uint64]
+    records: np.ndarray[Any, Any]
+    crcs: npt.NDArray[np.uint32]
+
+
+class Store:
+    """The committed root, the state of the logical blocks, and the ways to write both."""
+
+    def __init__(self, device: Device, root: Root) -> None:
+        self.device = device
+        self.root = root
+        self.block_size = root.block_size
+        self._map: Extents = NO_EXTENTS
+        self._available: Bits = np.zeros(0, np.uint8)
+        self.available = 0
+        self._cursor = 0
+        self._released: list[Ints] = []
+        self._chains: list[Ints] = [NO_BLOCKS, NO_BLOCKS]
+        self._unsynced = False
+        self._pending_batch = 0
+        self.log_position = 0
+        self.log_sequence = 0
+        self.set_extents(root.extents)
+
+    # -- logical blocks ---------------------------------------------------------------------------------
+
+    def set_extents(self, extents: Extents) -> None:
+        """Take over new extents; blocks that are new are available at once, dropped ones no longer."""
+        old = self._map
+        size = int((extents[:, 0] + extents[:, 2]).max()) if len(extents) else 0
+        before = bits_of(old[:, [0, 2]], max(size, len(self._available) * 8))
+        after = bits_of(extents[:, [0, 2]], len(before) * 8)
+        available = np.zeros(len(before), np.uint8)
+        available[: len(self._available)] = self._available
+        self._available = (available | (after & ~before)) & after
+        self.available = int(np.bitwise_count(self._available).sum())
+        self._map = extents
+
+    def physical(self, logical: Ints) -> Ints:
+        """Physical blocks of ``logical`` ones.
+
+        Raises:
+            StoreDamaged: One is not mapped.
+        """
+        which = np.searchsorted(self._map[:, 0], logical, "right") - 1
+        if not len(self._map) or (which < 0).any():
+            raise StoreDamaged("a logical block of the store is not mapped")
+        rows = self._map[which]
+        shift = logical - rows[:, 0]
+        if (shift >= rows[:, 2]).any():
+            raise StoreDamaged("a logical block of the store is not mapped")
+        return np.asarray(rows[:, 1] + shift)
+
+    def logical(self, physical: Ints) -> Ints:
+        """Logical blocks of ``physical`` ones; -1 where the store does not own it."""
+        order = np.argsort(self._map[:, 1])
+        rows = self._map[order]
+        which = np.searchsorted(rows[:, 1], physical, "right") - 1
+        row = rows[np.maximum(which, 0)]
+        shift = physical - row[:, 1]
+        return np.where((which >= 0) & (shift < row[:, 2]), row[:, 0] + shift, -1)
+
+    def mark_used(self, logical: Ints) -> None:
+        """While opening: these blocks are in use.
+
+        Raises:
+            StoreDamaged: One is not the store's, or is in use twice.
+        """
+        if not len(logical):
+            return
+        if logical.min() < 0 or logical.max() >= len(self._available) * 8:
+            raise StoreDamaged("a block in use lies outside the store")
+        unique = np.unique(logical)
+        before = self.available
+        set_runs(self._available, runs_of(unique), False)
+        self.available = int(np.bitwise_count(self._available).sum())
+        if before - self.available != len(logical):
+            raise StoreDamaged("a block of the store is in use twice or not mapped")
+
+    def allocate(self, count: int) -> Ints:
+        """``count`` available logical blocks, sorted, next fit so that they tend to be consecutive.
+
+        Raises:
+            VolumeFull: There are not enough; nothing is taken.
+        """
+        if count > self.available:
+            raise VolumeFull(
+                f"the store has {self.available} free blocks and needs {count}",
+                hint="delete a snapshot or free space in the volume",
+            )
+        found: list[Ints] = []
+        missing = count
+        total = len(self._available)
+        low = self._cursor
+        visited = 0
+        window = max(8192, count // 4)
+        while missing:
+            high = min(low + window, total)
+            piece = np.flatnonzero(np.unpackbits(self._available[low:high], bitorder="little"))[:missing] + low * 8
+            if len(piece):
+                found.append(piece.astype(np.int64))
+                missing -= len(piece)
+                set_runs(self._available, runs_of(piece), False)
+                self._cursor = int(piece[-1]) // 8
+            visited += high - low
+            low = high if high < total else 0
+        self.available -= count
+        return np.sort(np.concatenate(found)) if found else NO_BLOCKS
+
+    def unallocate(self, logical: Ints) -> None:
+        """Give back blocks that were allocated and never committed."""
+        set_runs(self._available, runs_of(np.sort(logical)))
+        self.available += len(logical)
+
+    def release(self, logical: Ints) -> None:
+        """Free committed blocks; they can be allocated after the next `commit`."""
+        if len(logical):
+            self._released.append(logical)
+
+    def available_blocks(self) -> Ints:
+        """All logical blocks that are free, sorted."""
+        return np.flatnonzero(np.unpackbits(self._available, bitorder="little")).astype(np.int64)
+
+    def withdraw(self, logical: Ints) -> None:
+        """Take free blocks out of service for good: a shrink is going to unmap them."""
+        set_runs(self._available, runs_of(np.sort(logical)), False)
+        self.available -= len(logical)
+
+    def write_blocks(self, logical: Ints, data: Buffer) -> None:
+        """Fill blocks (sorted) from ``data``, in few large writes.  Not durable before a barrier."""
+        self._unsynced = True
+        physical = self.physical(logical)
+        view = memoryview(data).cast("B")
+        first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
+        size = self.block_size
+        for index, count in zip(first.tolist(), length.tolist(), strict=True):
+            piece = view[index * size : (index + count) * size]
+            if len(piece):
+                self.device.pwrite(int(physical[index]) * size, piece)
+
+    def read_blocks(self, logical: Ints) -> npt.NDArray[np.uint8]:
+        """Content of blocks, in the order given: uint8[n, block_size]."""
+        size = self.block_size
+        out = np.empty((len(logical), size), np.uint8)
+        view = out.reshape(-1).data
+        physical = self.physical(logical) if len(logical) else NO_BLOCKS
+        first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
+        for index, count in zip(first.tolist(), length.tolist(), strict=True):
+            self.device.readinto(int(physical[index]) * size, view[index * size : (index + count) * size])
+        return out
+
+    # -- blobs ------------------------------------------------------------------------------------------
+
+    def write_blob(self, kind: fmt.BlobKind, key: int, data: bytes) -> None:
+        """Put a byte string into the store under (kind, key); part of the next commit.
+
+        Raises:
+            VolumeFull: No room; the root is as before.
+        """
+        blocks = self.allocate(-(-len(data) // self.block_size))
+        self.write_blocks(blocks, data)
+        self.drop_blob(kind, key)
+        self.root.blobs[kind, key] = Blob(len(data), fmt.crc(data), runs_of(blocks))
+
+    def drop_blob(self, kind: fmt.BlobKind, key: int) -> None:
+        """Remove a blob, if there is one; its blocks are free after the next commit."""
+        old = self.root.blobs.pop((kind, key), None)
+        if old is not None:
+            self.release(expand(old.runs[:, 0], old.runs[:, 1]))
+
+    def read_blob(self, kind: fmt.BlobKind, key: int) -> bytes:
+        """The byte string under (kind, key).
+
+        Raises:
+            StoreDamaged: It is missing or fails its checksum.
+        """
+        blob = self.root.blobs.get((kind, key))
+        name = f"{kind.name.lower()} {key}"
+        if blob is None:
+            raise StoreDamaged(f"store: {name} is missing")
+        room = int(blob.runs[:, 1].sum()) * self.block_size if len(blob.runs) else 0
+        if blob.length > room or room > self.device.size:
+            raise StoreDamaged(f"store: {name} is longer than its blocks")
+        data = self.read_blocks(expand(blob.runs[:, 0], blob.runs[:, 1])).tobytes()[: blob.length]
+        if fmt.crc(data) != blob.crc:
+            raise StoreDamaged(f"store: {name} fails its checksum")
+        return data
+
+    # -- header -----------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Make the root true: everything written before is durable first, then both slots.
+
+        Raises:
+            VolumeFull: No room for the root's chains; the committed state is as before.
+        """
+        payload_room = self.block_size - fmt.SEGMENT_HEADER
+        self.root.generation += 1
+        raw = self.root.build()
+        count = -(-len(raw) // payload_room)
+        if self.available < 2 * count:
+            self.root.generation -= 1
+            raise VolumeFull(
+                f"the store has {self.available} free blocks and its header needs {2 * count}",
+                hint="delete a snapshot or free space in the volume",
+            )
+        if self._unsynced:
+            self.device.flush()
+            self._unsynced = False
+        for slot in range(SLOT_BLOCKS):
+            chain = self.allocate(count)
+            first = self._write_chain(chain, raw)
+            head = fmt.build_slot(
+                generation=self.root.generation,
+                store_uuid=self.root.store_uuid,
+                fs_uuid=self.root.fs_uuid,
+                block_size=self.block_size,
+                flags=self.root.flags,
+                root_block=first[0],
+                root_blocks=first[1],
+                root_crc=fmt.crc(raw),
+                root_bytes=len(raw),
+            )
+            self.device.pwrite(self.slot_block(slot) * self.block_size, head)
+            self.device.flush()
+            self.release(self._chains[slot])
+            self._chains[slot] = chain
+        self._unsynced = False
+        for blocks in self._released:
+            self.unallocate(blocks)
+        self._released = []
+
+    def slot_block(self, slot: int) -> int:
+        """Physical block of slot 0 or 1."""
+        return int(self.physical(np.array([slot], np.int64))[0])
+
+    def _write_chain(self, chain: Ints, raw: bytes) -> tuple[int, int]:
+        size = self.block_size
+        runs = runs_of(self.physical(chain)) if len(chain) == 1 else _runs_unsorted(self.physical(chain))
+        offset = 0
+        for index, (start, length) in enumerate(runs.tolist()):
+            payload = raw[offset : offset + length * size - fmt.SEGMENT_HEADER]
+            offset += len(payload)
+            following = runs[index + 1].tolist() if index + 1 < len(runs) else [0, 0]
+            head = fmt.Segment.build(
+                {
+                    "magic": fmt.SEGMENT_MAGIC,
+                    "crc": 0,
+                    "generation": self.root.generation,
+                    "next_block": following[0],
+                    "next_blocks": following[1],
+                    "payload_bytes": len(payload),
+                }
+            )
+            body = bytes(head)[8:] + payload
+            self.device.pwrite(start * size, fmt.SEGMENT_MAGIC + fmt.crc(body).to_bytes(4, "little") + body)
+        return int(runs[0][0]), int(runs[0][1])
+
+    @classmethod
+    def load(cls, device: Device, slots: tuple[int, int], block_size: int) -> Store:
+        """Open the store whose slots are at the given physical blocks.
+
+        Raises:
+            StoreDamaged: Neither slot leads to a valid root.
+            UnsupportedFeature: The store has a feature that this version does not know.
+        """
+        device_blocks = device.size // block_size
+        best: tuple[Any, bytes, int] | None = None
+        chains: list[Ints] = [NO_BLOCKS, NO_BLOCKS]
+        reasons = []
+        for index, block in enumerate(slots):
+            try:
+                slot, raw, chains[index] = _read_slot(device, block, block_size, device_blocks)
+            except StoreDamaged as error:
+                reasons.append(f"slot {'AB'[index]}: {error.message}")
+                continue
+            if best is None or slot.generation > best[0].generation:
+                best = (slot, raw, index)
+        if best is None:
+            raise StoreDamaged(
+                "store header: " + "; ".join(reasons),
+                hint="the snapshots cannot be read; the base volume is not affected",
+            )
+        slot, raw, chosen = best
+        if slot.incompat & ~fmt.KNOWN_INCOMPAT:
+            raise UnsupportedFeature(
+                f"the store has unknown features {slot.incompat & ~fmt.KNOWN_INCOMPAT:#x}", hint="use a newer extsnap"
+            )
+        root = Root.parse(slot, raw, device_blocks)
+        store = cls(device, root)
+        if tuple(store.slot_block(index) for index in range(SLOT_BLOCKS)) != slots:
+            raise StoreDamaged("store header: the slots are not where the store's own extents put them")
+        store.mark_used(np.arange(SLOT_BLOCKS))
+        store.mark_used(np.arange(root.log_start, root.log_start + root.log_blocks))
+        for blob in root.blobs.values():
+            store.mark_used(expand(blob.runs[:, 0], blob.runs[:, 1]))
+        for index, chain in enumerate(chains):
+            # The chain of the slot that lost may hold blocks that the winner uses or does not own: it is free.
+            if index == chosen or (len(chain) and _same_generation(device, slots, index, block_size, slot.generation)):
+                store._chains[index] = store.logical(chain)
+                store.mark_used(store._chains[index])
+        return store
+
+    # -- log --------------------------------------------------------------------------------------------
+
+    @property
+    def log_bytes(self) -> int:
+        """Capacity of the log."""
+        return self.root.log_blocks * self.block_size
+
+    def batch_bytes(self, masks: int, words: int, records: int, crcs: int) -> int:
+        """Space that a batch takes in the log: whole sectors."""
+        raw = fmt.BATCH_HEADER + masks * words * 8 + records * fmt.RECORD_DTYPE.itemsize + crcs * 4
+        return -(-raw // fmt.SECTOR) * fmt.SECTOR
+
+    def append_batch(self, masks: npt.NDArray[np.uint64], records: bytes, crcs: npt.NDArray[np.uint32]) -> None:
+        """Write the next batch into the log.  It counts once the caller's barrier returned (`log_advance`)."""
+        payload = masks.astype("<u8").tobytes() + records + crcs.astype("<u4").tobytes()
+        head = fmt.BatchHeader.build(
+            {
+                "magic": fmt.BATCH_MAGIC,
+                "crc": 0,
+                "epoch": self.root.log_epoch,
+                "sequence": self.log_sequence,
+                "masks": len(masks),
+                "mask_words": masks.shape[1],
+                "records": len(records) // fmt.RECORD_DTYPE.itemsize,
+                "crcs": len(crcs),
+                "reserved": bytes(24),
+            }
+        )
+        body = bytes(head)[8:] + payload
+        raw = fmt.BATCH_MAGIC + fmt.crc(body).to_bytes(4, "little") + body
+        self._pending_batch = -(-len(raw) // fmt.SECTOR) * fmt.SECTOR
+        self._write_log(self.log_position, raw)
+
+    def _write_log(self, position: int, raw: bytes) -> None:
+        size = self.block_size
+        at = 0
+        first = position // size
+        blocks = np.arange(first, (position + len(raw) + size - 1) // size, dtype=np.int64) + self.root.log_start
+        physical = self.physical(blocks)
+        start, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
+        for index, count in zip(start.tolist(), length.tolist(), strict=True):
+            skip = position % size if index == 0 else 0
+            piece = raw[at : at + count * size - skip]
+            self.device.pwrite(int(physical[index]) * size + skip, piece)
+            at += len(piece)
+
+    def log_advance(self) -> None:
+        """The batch written last is durable: the next one goes behind it."""
+        self.log_position += self._pending_batch
+        self.log_sequence += 1
+
+    def new_epoch(self) -> None:
+        """The log is folded into blobs: it starts empty with the next commit."""
+        self.root.log_epoch += 1
+        self.log_position = 0
+        self.log_sequence = 0
+
+    def replay_log(self) -> list[Batch]:
+        """All batches of this epoch, in order; the log is positioned behind the last.
+
+        Raises:
+            StoreDamaged: A valid batch stands behind an invalid one.
+        """
+        log = np.arange(self.root.log_start, self.root.log_start + self.root.log_blocks, dtype=np.int64)
+        raw = self.read_blocks(log).tobytes()
+        batches: list[Batch] = []
+        position = 0
+        while (batch := self._parse_batch(raw, position, len(batches))) is not None:
+            batches.append(batch[0])
+            position += batch[1]
+        heads = np.flatnonzero(
+            np.frombuffer(raw, np.uint8).reshape(-1, fmt.SECTOR)[:, :4].copy().view("<u4").ravel()
+            == int.from_bytes(fmt.BATCH_MAGIC, "little")
+        )
+        for sector in heads[heads * fmt.SECTOR > position].tolist():
+            later = self._parse_batch(raw, sector * fmt.SECTOR, None)
+            if later is not None and later[0].sequence > len(batches):
+                raise StoreDamaged(
+                    f"log: batch {len(batches)} at byte {position} is damaged, but batch {later[0].sequence} is not"
+                )
+        self.log_position, self.log_sequence = position, len(batches)
+        return batches
+
+    def _parse_batch(self, raw: bytes, position: int, sequence: int | None) -> tuple[Batch, int] | None:
+        head_raw = raw[position : position + fmt.BATCH_HEADER]
+        if len(head_raw) < fmt.BATCH_HEADER or head_raw[:4] != fmt.BATCH_MAGIC:
+            return None
+        head = fmt.BatchHeader.parse(head_raw)
+        if head.epoch != self.root.log_epoch or (sequence is not None and head.sequence != sequence):
+            return None
+        mask_bytes = head.masks * head.mask_words * 8
+        record_bytes = head.records * fmt.RECORD_DTYPE.itemsize
+        end = position + fmt.BATCH_HEADER + mask_bytes + record_bytes + head.crcs * 4
+        if end > len(raw) or fmt.crc(raw[position + 8 : end]) != head.crc:
+            return None
+        at = position + fmt.BATCH_HEADER
+        masks = np.frombuffer(raw[at : at + mask_bytes], "<u8").reshape(head.masks, head.mask_words)
+        at += mask_bytes
+        records = np.frombuffer(raw[at : at + record_bytes], fmt.RECORD_DTYPE)
+        crcs = np.frombuffer(raw[at + record_bytes : end], "<u4")
+        size = -(-(end - position) // fmt.SECTOR) * fmt.SECTOR
+        return Batch(int(head.sequence), masks.astype(np.uint64), records, crcs.astype(np.uint32)), size
+
+    def snapshot_root(self) -> Root:
+        """A copy of the root to come back to when an operation fails before its commit."""
+        return replace(self.root, blobs=dict(self.root.blobs), properties=dict(self.root.properties))
+
+
+def _runs_unsorted(blocks: Ints) -> Ints:
+    first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
+    return np.stack([blocks[first], length], axis=1)
+
+
+def _read_slot(device: Device, block: int, block_size: int, device_blocks: int) -> tuple[Any, bytes, Ints]:
+    """(slot, root bytes, physical blocks of the chain), every checksum verified."""
+    if not 0 < block < device_blocks:
+        raise StoreDamaged(f"block {block} lies outside the volume")
+    slot = fmt.parse_slot(device.pread(block * block_size, fmt.SLOT_BYTES))
+    if slot is None or slot.block_size != block_size:
+        raise StoreDamaged(f"block {block} holds no valid slot")
+    parts, chain = [], []
+    start, length, total = slot.root_block, slot.root_blocks, 0
+    while start:
+        total += length
+        if not 0 < start < device_blocks or not 0 < length <= device_blocks - start or total > device_blocks:
+            raise StoreDamaged("the root's chain leaves the volume")
+        raw = device.pread(start * block_size, length * block_size)
+        head = fmt.Segment.parse(raw[: fmt.SEGMENT_HEADER])
+        end = fmt.SEGMENT_HEADER + head.payload_bytes
+        valid = head.magic == fmt.SEGMENT_MAGIC and head.generation == slot.generation and end <= len(raw)
+        if not valid or fmt.crc(raw[8:end]) != head.crc:
+            raise StoreDamaged(f"the root's segment at block {start} is damaged")
+        parts.append(raw[fmt.SEGMENT_HEADER : end])
+        chain.append(np.arange(start, start + length))
+        start, length = head.next_block, head.next_blocks
+    root = b"".join(parts)
+    if len(root) != slot.root_bytes or fmt.crc(root) != slot.root_crc:
+        raise StoreDamaged("the root fails its checksum")
+    return slot, root, np.concatenate(chain) if chain else NO_BLOCKS
+
+
+def _same_generation(device: Device, slots: tuple[int, int], index: int, block_size: int, generation: int) -> bool:
+    slot = fmt.parse_slot(device.pread(slots[index] * block_size, fmt.SLOT_BYTES))
+    return slot is not None and slot.generation == generation

@@ -1,0 +1,354 @@
+"""The commands: one function each, from arguments to the dict that ``--json`` prints.
+
+The command line and the control socket call these by name through `Volume.verb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from extsnap.errors import ExtsnapError
+from extsnap.snapshot import edit
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.arrays import bitmap_runs
+from extsnap.snapshot.check import check_store
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.volume import Volume
+
+JSON_VERSION = 1
+
+
+def _iso(nanoseconds: int) -> str:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _usage(volume: Volume) -> dict[int, tuple[int, int, int]]:
+    """By snapshot id: (copied bytes, exclusive bytes, records)."""
+    engine = volume.engine
+    if engine is None or not engine.masks.count:
+        return {}
+    count = engine.masks.count
+    blocks = np.zeros(count, np.int64)
+    records = np.zeros(count, np.int64)
+    for level in engine.index.levels:
+        copied = np.where(level.copy == fmt.ZERO_COPY, 0, level.length)
+        blocks += np.bincount(level.mask, weights=copied, minlength=count).astype(np.int64)
+        records += np.bincount(level.mask, minlength=count)
+    alive = engine.masks.rows & engine.alive
+    alone = np.bitwise_count(alive).sum(axis=1) == 1
+    usage = {}
+    for entry in engine.snapshots:
+        has = engine.masks.has(entry.bit)
+        size = volume.block_size
+        usage[entry.id] = (
+            int(blocks[has].sum()) * size,
+            int(blocks[has & alone].sum()) * size,
+            int(records[has].sum()),
+        )
+    return usage
+
+
+def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, int, int]]) -> dict[str, Any]:
+    copied, exclusive, _ = usage.get(entry.id, (0, 0, 0))
+    return {
+        "name": entry.name,
+        "id": entry.id,
+        "created": _iso(entry.created_ns),
+        "message": entry.message,
+        "kind": entry.kind.name.lower(),
+        "consistency": entry.consistency.name.lower(),
+        "state": entry.state.name.lower(),
+        "used_bytes": min(entry.used_blocks * volume.block_size, entry.volume_bytes),
+        "copied_bytes": copied,
+        "exclusive_bytes": exclusive,
+        "shared_bytes": copied - exclusive,
+    }
+
+
+def _warnings(volume: Volume) -> list[str]:
+    if volume.outside_write:
+        names = ", ".join(volume.snapshot_names())
+        return [f"{volume.path} was written outside extsnap; snapshots at risk: {names}"]
+    if volume.store is not None and volume.medium.state.mark and not volume.serving:
+        return [f"{volume.path} was not closed; the next command that writes, or extsnap run, completes it"]
+    return []
+
+
+def create(
+    volume: Volume,
+    name: str | None = None,
+    message: str = "",
+    freeze: bool = True,
+    quiesced: bool = False,
+    kind: str = "manual",
+) -> dict[str, Any]:
+    """Take a snapshot.  ``freeze`` and ``quiesced`` matter to a mounted volume; one at rest is clean anyway."""
+    first = not volume.snapshot_list()
+    handle = volume.create(name, message, kind=fmt.Kind[kind.upper()])
+    notices = []
+    if first:
+        fs = volume.filesystem()
+        free = max(0, fs.geometry.free_blocks - fs.geometry.reserved_blocks) // 2
+        room = (volume.require_engine().room() + free) * volume.block_size
+        notices.append(
+            f"plain mounts of {volume.path} are read-only from now on; write through extsnap mount, "
+            f"take a copy with extsnap export, or delete the last snapshot to lift this"
+        )
+        text = f"{room / 2**20:.0f} MiB can be overwritten before space for copies runs out"
+        if room < volume.size // 20:
+            text += "; grow the volume with truncate and extsnap run IMAGE -- resize2fs {}"
+        notices.append(text)
+    return {"version": JSON_VERSION, "name": handle.name, "id": handle.id, "notices": notices}
+
+
+def list_snapshots(volume: Volume) -> dict[str, Any]:
+    """All snapshots, oldest first."""
+    usage = _usage(volume)
+    entries = [_describe(volume, entry, usage) for entry in volume.snapshot_list()]
+    return {"version": JSON_VERSION, "snapshots": entries, "notices": _warnings(volume)}
+
+
+def show(volume: Volume, name: str) -> dict[str, Any]:
+    """Everything about one snapshot."""
+    entry = volume.find(name)
+    usage = _usage(volume)
+    result = {"version": JSON_VERSION, **_describe(volume, entry, usage)}
+    result["records"] = usage.get(entry.id, (0, 0, 0))[2]
+    result["volume_bytes"] = entry.volume_bytes
+    result["block_size"] = volume.block_size
+    if entry.restored_from:
+        result["restored_from"] = entry.restored_from
+    result["notices"] = _warnings(volume)
+    return result
+
+
+def delete(volume: Volume, names: list[str], kind: str | None = None) -> dict[str, Any]:
+    """Delete snapshots by name, and all of one kind."""
+    chosen = list(names)
+    if kind is not None:
+        wanted = fmt.Kind[kind.upper()]
+        chosen += [entry.name for entry in volume.snapshot_list() if entry.kind == wanted and entry.name not in chosen]
+    for name in chosen:
+        volume.find(name)
+    if not chosen:
+        return {"version": JSON_VERSION, "deleted": [], "freed_bytes": 0}
+    freed = volume.delete(chosen)
+    return {"version": JSON_VERSION, "deleted": list(dict.fromkeys(chosen)), "freed_bytes": freed}
+
+
+def restore(volume: Volume, name: str | None = None, undo: bool = False, safety: bool = True) -> dict[str, Any]:
+    """Make the base volume a snapshot."""
+    from extsnap.snapshot import restore as restoring
+
+    if undo == (name is not None):
+        raise ExtsnapError("a restore takes a snapshot's name or --undo", hint="see extsnap list")
+    target = restoring.newest_safety(volume).name if name is None else name
+    taken = restoring.restore(volume, target, safety=safety)
+    return {"version": JSON_VERSION, "restored": target, "safety": taken.name if taken else None}
+
+
+def export(volume: Volume, name: str, out: str, force: bool = False) -> dict[str, Any]:
+    """Write a snapshot to a file of its own."""
+    from extsnap.snapshot import export as exporting
+
+    size = exporting.export(volume, name, out, force=force)
+    return {"version": JSON_VERSION, "name": name, "out": out, "bytes": size}
+
+
+def strip(volume: Volume) -> dict[str, Any]:
+    """Remove all snapshots, the store and the guard."""
+    volume.require_trusted()
+    count = len(volume.snapshot_list())
+    if volume.store is not None:
+        if count:
+            volume.delete(volume.snapshot_names())
+        edit.remove(volume)
+    return {"version": JSON_VERSION, "snapshots": count}
+
+
+def accept(volume: Volume) -> dict[str, Any]:
+    """Go on after an outside write: the snapshots at risk are marked tainted."""
+    names = volume.accept_outside_write()
+    return {"version": JSON_VERSION, "tainted": names}
+
+
+def info(volume: Volume) -> dict[str, Any]:
+    """The volume and what of it is extsnap's."""
+    fs = volume.filesystem()
+    geometry = fs.geometry
+    store: dict[str, int] | None = None
+    if volume.store is not None and volume.engine is not None:
+        total = int(volume.store.root.extents[:, 2].sum()) + len(volume.store.root.mapping)
+        copies = sum(int(level.length[level.copy >= 0].sum()) for level in volume.engine.index.levels)
+        free = volume.store.available
+        size = volume.block_size
+        store = {
+            "bytes": total * size,
+            "copy_bytes": copies * size,
+            "metadata_bytes": (total - copies - free) * size,
+            "free_bytes": free * size,
+        }
+    return {
+        "version": JSON_VERSION,
+        "type": fs.kind,
+        "uuid": str(_uuid(fs.uuid)),
+        "label": fs.label,
+        "block_size": geometry.block_size,
+        "blocks": geometry.blocks_count,
+        "free_blocks": geometry.free_blocks,
+        "inodes": geometry.inodes_count,
+        "free_inodes": geometry.free_inodes,
+        "groups": geometry.groups,
+        "features": fs.features,
+        "offset": 0,
+        "guard": volume.medium.state.guard,
+        "marked": volume.medium.state.mark and not volume.serving,
+        "snapshots": len(volume.snapshot_list()),
+        "store": store,
+        "notices": _warnings(volume),
+    }
+
+
+def _uuid(raw: bytes) -> Any:
+    import uuid
+
+    return uuid.UUID(bytes=raw)
+
+
+def dump(volume: Volume, what: str) -> dict[str, Any]:
+    """The store's structures, for people who debug."""
+    if what not in _DUMPS:
+        raise ExtsnapError(f"there is no structure {what!r}", hint=f"name one of {', '.join(_DUMPS)}")
+    return {"version": JSON_VERSION, what: _DUMPS[what](volume)}
+
+
+def _dump_header(volume: Volume) -> dict[str, Any]:
+    store = volume.require_store()
+    root = store.root
+    return {
+        "generation": root.generation,
+        "store_uuid": root.store_uuid.hex(),
+        "fs_uuid": root.fs_uuid.hex(),
+        "block_size": root.block_size,
+        "flags": int(root.flags),
+        "slots": [store.slot_block(0), store.slot_block(1)],
+        "directory_inode": root.directory_inode,
+        "store_inode": root.store_inode,
+        "next_id": root.next_id,
+        "counting_bitmap": f"{root.counting:#x}",
+        "extents": root.extents.tolist(),
+        "mapping": root.mapping.tolist(),
+        "size_blocks": root.size_blocks,
+        "log": {"epoch": root.log_epoch, "start": root.log_start, "blocks": root.log_blocks},
+        "blobs": [
+            {"kind": fmt.BlobKind(kind).name.lower(), "key": key, "length": blob.length, "runs": blob.runs.tolist()}
+            for (kind, key), blob in sorted(root.blobs.items())
+        ],
+        "pending": root.pending.kind.name.lower() if root.pending else None,
+        "restore": root.restore.target_id if root.restore else None,
+        "superblocks": root.superblocks,
+        "properties": root.properties,
+        "fingerprint": root.fingerprint.hex(),
+        "mark": volume.medium.state.mark,
+        "guard": volume.medium.state.guard,
+    }
+
+
+def _dump_log(volume: Volume) -> list[dict[str, Any]]:
+    store = volume.require_store()
+    position, sequence = store.log_position, store.log_sequence
+    batches = store.replay_log()
+    store.log_position, store.log_sequence = position, sequence
+    return [
+        {
+            "sequence": batch.sequence,
+            "masks": len(batch.masks),
+            "records": len(batch.records),
+            "copies": len(batch.crcs),
+            "blocks": int(batch.records["length"].sum()),
+        }
+        for batch in batches
+    ]
+
+
+def _dump_records(volume: Volume) -> list[dict[str, Any]]:
+    engine = volume.require_engine()
+    engine.index.apply_writes()
+    names = {entry.bit: entry.name for entry in volume.snapshot_list()}
+    bits = engine.masks.bits()
+    by_mask = [[names[bit] for bit in sorted(names) if bit < bits.shape[1] and row[bit]] for row in bits]
+    records = []
+    for level in engine.index.levels:
+        columns = zip(
+            level.block.tolist(),
+            level.length.tolist(),
+            level.copy.tolist(),
+            level.mask.tolist(),
+            np.clip(level.writes, 1, 0xFFFFFFFF).tolist(),
+            strict=True,
+        )
+        for block, length, copy, mask, writes in columns:  # what was asked for: a line a record
+            if by_mask[mask]:
+                place = None if copy == fmt.ZERO_COPY else copy
+                records.append(
+                    {"block": block, "length": length, "copy": place, "snapshots": by_mask[mask], "writes": writes}
+                )
+    return sorted(records, key=lambda record: (record["block"], record["snapshots"]))
+
+
+def _dump_snapshots(volume: Volume) -> list[dict[str, Any]]:
+    usage = _usage(volume)
+    return [
+        {**_describe(volume, entry, usage), "bit": entry.bit, "restored_from": entry.restored_from}
+        for entry in volume.snapshot_list()
+    ]
+
+
+def _dump_bitmaps(volume: Volume) -> dict[str, Any]:
+    """Ext's own bits and the snapshot allocation bitmap as runs of [first block, length]."""
+    fs = volume.filesystem()
+    geometry = fs.geometry
+    count = geometry.blocks_count - geometry.first_data_block
+    block = bitmap_runs(fs.block_bitmaps().reshape(-1), count) + np.array([geometry.first_data_block, 0])
+    return {"block": block.tolist(), "snapshot": volume.require_store().root.allocation_runs().tolist()}
+
+
+def check(volume: Volume, names: list[str] | None = None, quick: bool = False) -> dict[str, Any]:
+    """Check the store, the two bitmaps and every copy; the filesystems are e2fsck's to judge."""
+    for name in names or []:
+        volume.find(name)
+    store_errors, by_snapshot = check_store(volume)
+    wanted = names or volume.snapshot_names()
+    return {
+        "version": JSON_VERSION,
+        "store": {"ok": not store_errors, "errors": store_errors},
+        "snapshots": [{"name": name, "errors": by_snapshot.get(name, [])} for name in wanted],
+    }
+
+
+_DUMPS: dict[str, Callable[[Volume], Any]] = {
+    "header": _dump_header,
+    "log": _dump_log,
+    "records": _dump_records,
+    "snapshots": _dump_snapshots,
+    "bitmaps": _dump_bitmaps,
+}
+
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "create": create,
+    "list": list_snapshots,
+    "show": show,
+    "delete": delete,
+    "restore": restore,
+    "export": export,
+    "strip": strip,
+    "accept": accept,
+    "info": info,
+    "dump": dump,
+    "check": check,
+}

@@ -1,0 +1,754 @@
+"""A volume with its snapshots: opening, recovery, serving, and the Python API.
+
+    with extsnap.open("disk.img") as volume:
+        volume.create("before-upgrade")
+        volume.snapshots["before-upgrade"].open().read(1024)
+
+States of the image (`DESIGN`, "The image at rest, and the dirty mark"):
+
+    mark  header      means                                    the next writing command
+    no    not open    at rest                                  goes on
+    yes   not open    an edit was interrupted, or the mark     finishes what is pending, takes the mark off
+                      was just put on or about to come off
+    yes   open        a server ended without closing           finishes, has the journal replayed, takes it off
+    no    open        somebody else took the mark away         refuses: written outside extsnap
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from extsnap.blockdev.base import Buffer, Device
+from extsnap.blockdev.image import ImageFile
+from extsnap.blockdev.inuse import require_free
+from extsnap.errors import (
+    ExtsnapError,
+    InvalidName,
+    NeedsRecovery,
+    NotExtError,
+    OutsideWrite,
+    SnapshotExists,
+    SnapshotNotFound,
+    StoreDamaged,
+    VolumeFull,
+)
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import edit, graft
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.arrays import Bits, expand
+from extsnap.snapshot.engine import Engine
+from extsnap.snapshot.medium import Medium, SuperblockState
+from extsnap.snapshot.moment import fingerprint, preserved, require_clean
+from extsnap.snapshot.store import Store
+from extsnap.snapshot.view import View, ViewFile
+
+NAME_BYTES_MAX = 255
+
+
+def validate_name(name: str) -> str:
+    """Return ``name`` if it can name a snapshot.
+
+    Raises:
+        InvalidName: It breaks a rule, which the message states.
+    """
+    shown = ascii(name)
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidName(f"snapshot name {shown} is not UTF-8", hint="choose another name") from error
+    rule = ""
+    if not 1 <= len(raw) <= NAME_BYTES_MAX:
+        rule = f"has {len(raw)} bytes; a name has 1 to {NAME_BYTES_MAX}"
+    elif "/" in name:
+        rule = "has a slash"
+    elif any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
+        rule = "has a control character"
+    elif name in (".", ".."):
+        rule = "is a directory's name"
+    elif name.startswith("-"):
+        rule = "starts with a hyphen"
+    if rule:
+        raise InvalidName(f"snapshot name {shown} {rule}", hint="choose another name")
+    return name
+
+
+class SnapshotHandle:
+    """One snapshot, as the Python API shows it.
+
+    Attributes:
+        info: The entry of the snapshot table.
+    """
+
+    def __init__(self, volume: Volume, info: fmt.Snapshot) -> None:
+        self._volume = volume
+        self.info = info
+
+    @property
+    def name(self) -> str:
+        """The snapshot's name."""
+        return self.info.name
+
+    @property
+    def id(self) -> int:
+        """Unique for ever in this volume."""
+        return self.info.id
+
+    def open(self) -> ViewFile:
+        """A read-only, seekable binary file of the view."""
+        return ViewFile(self._volume.open_view(self.info.name))
+
+    def delete(self) -> None:
+        """Delete this snapshot."""
+        self._volume.verb("delete", names=[self.info.name])
+
+
+class Volume:
+    """An opened image.  Use `Volume.open`.
+
+    Attributes:
+        path: Absolute path of the image.
+        device_id: (st_dev, st_ino) of the image.
+        size: Bytes of the volume.
+        writable: Whether this process may change it.
+        needs_replay: The filesystem must be replayed by stock e2fsck on the served volume before anything else.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        path: str = "image",
+        device_id: tuple[int, int] = (0, 0),
+        writable: bool = False,
+        clock: Callable[[], int] = time.time_ns,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.path = path
+        self.device_id = device_id
+        self.writable = writable
+        self.random_bytes = random_bytes
+        self._clock = clock
+        self._device = device
+        self.medium = Medium(device)
+        self.store: Store | None = None
+        self.engine: Engine | None = None
+        self.serving = False
+        self._copied_before = 0
+        self.needs_replay = False
+        self.outside_write = False
+        self._load()
+        if writable:
+            self._recover()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        clock: Callable[[], int] = time.time_ns,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> Volume:
+        """Open an image file.
+
+        With ``writable`` the image is locked, must not be in use, and what an earlier command left half done
+        is finished first.
+
+        Raises:
+            ImageNotFound, NotExtError, FormatError: There is no ext volume.
+            VolumeBusy: Somebody else has it.
+            StoreDamaged, OutsideWrite: The snapshots cannot be trusted.
+        """
+        image = ImageFile(os.fspath(path), writable=writable, lock="exclusive" if writable else "shared")
+        try:
+            if writable:
+                require_free(image)
+            return cls(
+                image,
+                path=image.path,
+                device_id=image.device_id,
+                writable=writable,
+                clock=clock,
+                random_bytes=random_bytes,
+            )
+        except BaseException:
+            image.close()
+            raise
+
+    # -- opening ----------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Read superblock, store, index; changes nothing."""
+        self.medium = Medium(self._device)
+        self.size = self.medium.size
+        self.store = self.engine = None
+        if not self.medium.offsets:
+            raise NotExtError(f"{self.path} holds no ext2, ext3 or ext4 filesystem", hint="check the path")
+        fs = Filesystem.open(self.medium)
+        self.block_size = fs.geometry.block_size
+        slots = fmt.parse_pointer(self.medium.state.pointer) if self.medium.state.pointer else None
+        if slots is None:
+            slots = self._slots_by_path(fs)
+        if slots is None:
+            if self.medium.state.mark:
+                raise StoreDamaged(
+                    f"{self.path} carries the dirty mark but no store can be found", hint="run e2fsck on a copy of it"
+                )
+            self.medium.set_offsets(self.superblock_offsets(fs))
+            return
+        store = Store.load(self.medium.device, slots, self.block_size)
+        self.medium.set_offsets(store.root.superblocks)
+        self.adopt(store)
+
+    def _slots_by_path(self, fs: Filesystem) -> tuple[int, int] | None:
+        """Where the slots are by ``/.extsnap/store``, for a superblock that lost its pointer."""
+        try:
+            number = fs.lookup(graft.PATH)
+            if number is None:
+                return None
+            data = fs.file_map(number).data
+        except ExtsnapError:
+            return None
+        if not len(data) or data[0, 0] != 0:
+            return None
+        blocks = expand(data[:2, 1], data[:2, 2])
+        return (int(blocks[0]), int(blocks[1])) if len(blocks) > 1 else None
+
+    def adopt(self, store: Store) -> None:
+        """Take over a store: read its tables and build the engine above it."""
+        fs = Filesystem.open(self.medium)
+        self.store = store
+        table: list[fmt.Snapshot] = []
+        if (fmt.BlobKind.SNAPSHOTS, 0) in store.root.blobs:
+            table = fmt.parse_snapshots(store.read_blob(fmt.BlobKind.SNAPSHOTS, 0))
+        table = [snapshot for snapshot in table if store.root.counting >> snapshot.bit & 1]
+        self.medium.set_offsets(store.root.superblocks)
+        if not self.medium.state.pointer:
+            pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
+            self.medium.state = replace(self.medium.state, pointer=pointer)
+        geometry = fs.geometry
+        self.engine = Engine(self.medium, store, geometry.blocks_per_group, geometry.first_data_block, table)
+        self.engine.load()
+        if self.writable:
+            self.engine.rebuild_need()
+        self._copied_before = store.available
+
+    def superblock_offsets(self, fs: Filesystem) -> list[int]:
+        """Byte offsets of all superblocks of the filesystem."""
+        geometry = fs.geometry
+        return [
+            int(block) * geometry.block_size + geometry.superblock_offset(int(block))
+            for block in geometry.superblock_blocks
+        ]
+
+    def _recover(self) -> None:
+        """Finish what an interrupted command left; see the table at the top of this module."""
+        store = self.store
+        if store is None:
+            return
+        is_open = bool(store.root.flags & fmt.SlotFlags.OPEN)
+        marked = self.medium.state.mark
+        engine = self.require_engine()
+        if not marked:
+            self._detect_outside_write(is_open)
+            return
+        engine.repair_last_batch()
+        edit.finish(self)
+        if self.store is None:
+            return
+        if store.root.restore is not None:
+            from extsnap.snapshot.restore import complete
+
+            complete(self)
+        fs = self.filesystem()
+        if fs.needs_recovery or not fs.is_clean or fs.has_errors:
+            self.needs_replay = True
+            return
+        self._verify_inode(fs)
+        self.settle()
+
+    def _detect_outside_write(self, is_open: bool) -> None:
+        root = self.require_store().root
+        if not self.require_engine().snapshots:
+            return
+        if is_open or (root.fingerprint and fingerprint(self.filesystem()) != root.fingerprint):
+            self.outside_write = True
+
+    def _verify_inode(self, fs: Filesystem) -> None:
+        """After a replay: the store's inode must say what the header says."""
+        root = self.require_store().root
+        found = fs.file_map(root.store_inode)
+        if not np.array_equal(graft.join(found.data), graft.join(root.extents)):
+            raise StoreDamaged(
+                "the store's header and its inode do not agree after the replay", hint="run extsnap check"
+            )
+
+    def require_trusted(self) -> None:
+        """Refuse to change a volume that was written outside extsnap.
+
+        Raises:
+            OutsideWrite: Names the snapshots at risk.
+            NeedsRecovery: The journal must be replayed through the write path first.
+        """
+        if self.outside_write:
+            names = ", ".join(ascii(snapshot.name) for snapshot in self.snapshot_list())
+            raise OutsideWrite(
+                f"{self.path} was written outside extsnap; snapshots at risk: {names}",
+                hint=f"extsnap accept {self.path} goes on with them marked tainted",
+            )
+        if self.needs_replay:
+            raise NeedsRecovery(
+                f"{self.path} was not closed and needs journal recovery",
+                hint=f"run extsnap run {self.path} -- e2fsck -fy {{}}",
+            )
+
+    # -- pieces -----------------------------------------------------------------------------------------
+
+    def require_store(self) -> Store:
+        """The store; it must exist."""
+        if self.store is None:
+            raise ExtsnapError(f"{self.path} has no store", hint="take a snapshot first")
+        return self.store
+
+    def require_engine(self) -> Engine:
+        """The engine; the store must exist."""
+        if self.engine is None:
+            raise ExtsnapError(f"{self.path} has no store", hint="take a snapshot first")
+        return self.engine
+
+    @property
+    def base(self) -> Device:
+        """The base volume as a device: the engine where there is a store, else the medium."""
+        return self.engine if self.engine is not None else self.medium
+
+    def filesystem(self) -> Filesystem:
+        """The base volume's filesystem as it is now; held writes are seen."""
+        return Filesystem.open(self.base)
+
+    def now_seconds(self) -> int:
+        """Seconds since 1970."""
+        return self._clock() // 10**9
+
+    def now_ns(self) -> int:
+        """Nanoseconds since 1970."""
+        return self._clock()
+
+    def needed_groups(self, fs: Filesystem) -> Bits:
+        """Blocks that a living snapshot preserves, in ext's group rows: uint8[groups, row_bytes]."""
+        engine = self.require_engine()
+        first = 1 if engine.shift else 0
+        return engine.history.union()[first : first + fs.geometry.groups]
+
+    def set_mark(self, mark: bool) -> None:
+        """Put the dirty mark on, or take it off and set the guard as it should be; durable on return."""
+        store = self.require_store()
+        if mark and self.medium.state.mark:
+            return
+        guard = self.medium.state.guard
+        if not mark:
+            wanted = bool(store.root.flags & fmt.SlotFlags.GUARD)
+            guard = wanted and bool(self.require_engine().snapshots)
+        pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
+        state = SuperblockState(guard=guard, mark=mark, pointer=pointer)
+        if state != self.medium.state:
+            self.medium.set_state(state)
+
+    def forget_store(self) -> None:
+        """The store is gone from the filesystem: take guard, mark and pointer away in one write each."""
+        self.medium.set_state(SuperblockState())
+        self.store = self.engine = None
+
+    def settle(self) -> None:
+        """Bring the image to rest: fold write counts, fingerprint, header not open, mark off, guard on.
+
+        While serving, only the header and the need of the mark are brought up to date.
+        """
+        engine, store = self.require_engine(), self.require_store()
+        engine.commit()
+        if self.serving:
+            if engine.snapshots and not self.medium.state.mark:
+                self._open_header()
+            return
+        engine.flush()
+        engine.index.apply_writes()
+        if store.log_position or any(level.touched for level in engine.index.levels):
+            self._try_fold()
+        store.root.flags &= ~fmt.SlotFlags.OPEN
+        store.root.fingerprint = fingerprint(self.filesystem())
+        store.commit()
+        self.set_mark(False)
+
+    def _try_fold(self) -> None:
+        """Write counts are worth a fold only where there is room for it: the log holds the records anyway."""
+        engine = self.require_engine()
+        try:
+            engine.fold(commit=False, counts=True)
+        except VolumeFull:
+            self._reload()
+
+    def _open_header(self) -> None:
+        self.set_mark(True)
+        store = self.require_store()
+        store.root.flags |= fmt.SlotFlags.OPEN
+        store.commit()
+
+    def _reload(self) -> None:
+        """Forget the state in memory and read the committed one: after an operation that failed half way."""
+        serving = self.serving
+        self._load()
+        self.serving = serving
+        if self.engine is not None and self.writable:
+            self.engine.rebuild_need()
+
+    # -- snapshots --------------------------------------------------------------------------------------
+
+    def snapshot_list(self) -> list[fmt.Snapshot]:
+        """The living snapshots, oldest first."""
+        return sorted(self.engine.snapshots, key=lambda entry: entry.id) if self.engine else []
+
+    @property
+    def snapshots(self) -> dict[str, SnapshotHandle]:
+        """Handles by name, oldest first."""
+        return {entry.name: SnapshotHandle(self, entry) for entry in self.snapshot_list()}
+
+    def find(self, name: str) -> fmt.Snapshot:
+        """The snapshot of that name.
+
+        Raises:
+            SnapshotNotFound: There is none; the message lists some that are there.
+        """
+        entries = self.snapshot_list()
+        for entry in entries:
+            if entry.name == name:
+                return entry
+        known = ", ".join(ascii(entry.name) for entry in entries[:5]) + (", ..." if len(entries) > 5 else "")
+        raise SnapshotNotFound(
+            f"{self.path} has no snapshot {name!a}",
+            hint=f"it has: {known}" if entries else "it has none; take one with extsnap create",
+        )
+
+    def snapshot_names(self) -> list[str]:
+        """Names of the living snapshots, oldest first."""
+        return [entry.name for entry in self.snapshot_list()]
+
+    def open_view(self, name: str) -> View:
+        """The view of a snapshot."""
+        return View(self.require_engine(), self.find(name))
+
+    def create(
+        self,
+        name: str | None = None,
+        message: str = "",
+        *,
+        kind: fmt.Kind = fmt.Kind.MANUAL,
+        consistency: fmt.Consistency = fmt.Consistency.CLEAN,
+    ) -> SnapshotHandle:
+        """Take a snapshot of the base volume as it is.
+
+        Durable on return.  A crash before the header commit leaves no snapshot, after it a whole one.
+
+        Raises:
+            SnapshotExists, InvalidName: The name cannot be used.
+            NeedsRecovery, VolumeDirty, UnsupportedFeature, VolumeFull: The volume cannot take one; nothing changed.
+        """
+        self.require_trusted()
+        created = self.now_ns()
+        chosen = self._free_name(created) if name is None else validate_name(name)
+        if chosen in self.snapshot_names():
+            raise SnapshotExists(f"{self.path} has a snapshot {chosen!a} already", hint="choose another name")
+        if self.engine is not None:
+            self.engine.flush()
+        fs = self.filesystem()
+        fs.require_supported()
+        require_clean(fs, self.path)
+        try:
+            if self.store is None:
+                edit.set_up(self)
+            self.make_room_for_snapshot()
+            entry = self.stage_snapshot(chosen, message, kind, consistency, created)
+            self.commit_snapshot()
+            self.settle()
+        except ExtsnapError:
+            self._back_to_rest()
+            raise
+        return SnapshotHandle(self, entry)
+
+    def _back_to_rest(self) -> None:
+        """After a refused operation: the committed state, and no mark where nothing is left to finish."""
+        if self.store is None:
+            return
+        self._reload()
+        store = self.require_store()
+        unfinished = store.root.pending is not None or store.root.restore is not None
+        if self.medium.state.mark and not unfinished and not self.serving:
+            self.settle()
+
+    def _free_name(self, created: int) -> str:
+        base = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(created // 10**9))
+        taken = set(self.snapshot_names())
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}-{number}"
+        return name
+
+    def preserved_now(self) -> Bits:
+        """What a snapshot taken now would preserve: uint8[rows, row_bytes]."""
+        engine, store = self.require_engine(), self.require_store()
+        fs = self.filesystem()
+        owned = store.root.extents[:, 1:]
+        return preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned)
+
+    def make_room_for_snapshot(self, extra: int = 0) -> None:
+        """See that the store has room for one more snapshot and ``extra`` copies, growing it where needed.
+
+        Raises:
+            VolumeFull: It cannot be had.
+        """
+        engine, store = self.require_engine(), self.require_store()
+        for _ in range(4):
+            engine.flush()
+            bitmaps = self.preserved_now()
+            rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
+            stored = int(engine.history.needs_block(bitmaps[rows]).sum())
+            table = len(rows) * fmt.HISTORY_DTYPE.itemsize * 2 // self.block_size
+            wanted = engine.reserve() + stored + table + MINIMUM_ROOM + extra
+            if store.available >= wanted:
+                return
+            if not edit.grow(self, max(wanted - store.available + 32, 64)):
+                break
+        raise VolumeFull(
+            f"the snapshot needs {wanted} free blocks in the store, which has {store.available} and cannot grow",
+            hint="delete a snapshot, delete files, or grow the volume",
+        )
+
+    def stage_snapshot(
+        self,
+        name: str,
+        message: str,
+        kind: fmt.Kind,
+        consistency: fmt.Consistency,
+        created: int,
+        restored_from: str = "",
+    ) -> fmt.Snapshot:
+        """Write everything of a new snapshot but the header commit that makes it true."""
+        engine, store = self.require_engine(), self.require_store()
+        bitmaps = self.preserved_now()
+        rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
+        changed = bitmaps[rows]
+        which = engine.history.needs_block(changed)
+        refs = store.allocate(int(which.sum()))
+        padded = np.zeros((len(refs), self.block_size), np.uint8)
+        padded[:, : engine.row_bytes] = changed[which]
+        store.write_blocks(refs, padded.reshape(-1).data)
+        engine.history.add(store.root.next_id, rows, changed, refs)
+        bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
+        entry = fmt.Snapshot(
+            id=store.root.next_id,
+            bit=bit,
+            name=name,
+            message=message,
+            kind=kind,
+            consistency=consistency,
+            state=fmt.State.OK,
+            created_ns=created,
+            volume_bytes=self.size,
+            used_blocks=int(np.bitwise_count(bitmaps).sum()),
+            restored_from=restored_from,
+        )
+        store.root.counting |= 1 << bit
+        store.root.next_id += 1
+        self._staged = ([*engine.snapshots, entry], bitmaps)
+        self._write_tables(self._staged[0])
+        return entry
+
+    def commit_snapshot(self) -> None:
+        """Make the staged snapshot true and let the write path know before the next write."""
+        engine, store = self.require_engine(), self.require_store()
+        store.commit()
+        snapshots, bitmaps = self._staged
+        engine.set_snapshots(snapshots)
+        engine.need_bits |= bitmaps.reshape(-1)
+
+    def _write_tables(self, snapshots: list[fmt.Snapshot]) -> None:
+        engine, store = self.require_engine(), self.require_store()
+        engine.write_history()
+        table = b"".join(entry.build() for entry in sorted(snapshots, key=lambda entry: entry.id))
+        store.write_blob(fmt.BlobKind.SNAPSHOTS, 0, table)
+
+    def delete(self, names: list[str]) -> int:
+        """Delete snapshots, in any order; returns the bytes of copies that this freed.
+
+        One header commit takes the bits away and drops the records that nobody needs any more; a crash
+        before it leaves all of the snapshots, after it none of them.  Then freed blocks go back to the filesystem.
+        """
+        self.require_trusted()
+        engine, store = self.require_engine(), self.require_store()
+        gone = [self.find(name) for name in dict.fromkeys(names)]
+        ids = {entry.id for entry in gone}
+        engine.commit()
+        rest = [entry for entry in engine.snapshots if entry.id not in ids]
+        try:
+            for entry in gone:
+                store.root.counting &= ~(1 << entry.bit)
+            engine.set_snapshots(rest)
+            freed = engine.purge()
+            store.release(engine.history.collect())
+            self._write_tables(rest)
+            engine.fold(commit=False)
+            store.commit()
+            if not rest:
+                engine.rebuild_need()
+            if not self.serving and self._is_editable():
+                self.give_back(freed, everything=not rest)
+            self.settle()
+        except ExtsnapError:
+            self._back_to_rest()
+            raise
+        return freed * self.block_size
+
+    def _is_editable(self) -> bool:
+        fs = self.filesystem()
+        return not (fs.needs_recovery or fs.has_errors) and fs.is_clean
+
+    def give_back(self, freed: int, *, everything: bool = False) -> None:
+        """Return freed blocks to the filesystem; the store keeps what its next edit needs."""
+        engine, store = self.require_engine(), self.require_store()
+        least = engine.reserve() + MINIMUM_ROOM
+        spare = max(0, store.available - least)
+        edit.shrink(self, spare if everything else min(freed, spare))
+
+    def accept_outside_write(self) -> list[str]:
+        """Go on after an outside write: every snapshot of then is marked tainted; returns their names.
+
+        Raises:
+            StoreDamaged: The outside write hit the store's own structures.
+        """
+        if not self.outside_write:
+            return []
+        engine, store = self.require_engine(), self.require_store()
+        fs = self.filesystem()
+        require_clean(fs, self.path)
+        self._verify_inode(fs)
+        tainted = [replace(entry, state=fmt.State.TAINTED) for entry in engine.snapshots]
+        self._write_tables(tainted)
+        store.root.flags &= ~fmt.SlotFlags.OPEN
+        store.root.fingerprint = fingerprint(fs)
+        store.commit()
+        engine.set_snapshots(tainted)
+        self.outside_write = False
+        self.set_mark(False)
+        return [entry.name for entry in tainted]
+
+    # -- the served data path ---------------------------------------------------------------------------
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read the base volume."""
+        self.base.readinto(offset, buffer)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read the base volume."""
+        return self.base.pread(offset, length)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write the base volume; durable after `flush`."""
+        self.base.pwrite(offset, data)
+
+    def punch(self, offset: int, length: int) -> None:
+        """Make a range of the base volume read as zeros."""
+        self.base.punch(offset, length)
+
+    def flush(self) -> None:
+        """Everything written before is durable when this returns."""
+        self.base.flush()
+
+    def begin_serving(self, *, grow: bool = True) -> None:
+        """Get ready for writes from above: the store grows first, then mark and header say open.
+
+        The store takes the smaller of the bytes still to preserve and half of the free space.
+        """
+        if self.outside_write:
+            self.require_trusted()
+        if grow and not self.needs_replay:
+            fs = self.filesystem()
+            fs.require_supported()
+            require_clean(fs, self.path)
+            if self.store is None:
+                edit.set_up(self)
+            engine, store = self.require_engine(), self.require_store()
+            geometry = fs.geometry
+            half = max(0, geometry.free_blocks - geometry.reserved_blocks) // 2
+            needed = int(np.bitwise_count(engine.need_bits).sum()) if engine.snapshots else geometry.blocks_count
+            edit.grow(self, min(needed + MINIMUM_ROOM + engine.reserve() - store.available, half))
+            if not engine.snapshots:
+                self.settle()
+        self.serving = True
+        if self.engine is not None:
+            self._copied_before = self.require_store().available
+            if self.engine.snapshots:
+                self._open_header()
+
+    def end_serving(self) -> bool:
+        """Bring the image to rest after serving.
+
+        Returns:
+            True if it is clean and carries no mark; False if its filesystem needs recovery, which leaves the mark.
+        """
+        self.base.flush()
+        self.serving = False
+        if self.engine is None:
+            return True
+        fs = self.filesystem()
+        if fs.needs_recovery or not fs.is_clean or fs.has_errors:
+            return not self.engine.snapshots
+        self.needs_replay = False
+        self._verify_inode(fs)
+        store = self.require_store()
+        used = max(0, self._copied_before - store.available)
+        spare = self.engine.room() - MINIMUM_ROOM
+        if spare > 4 * used + 2 * MINIMUM_ROOM:
+            edit.shrink(self, spare - 2 * used)
+        self.settle()
+        return True
+
+    # -- verbs ------------------------------------------------------------------------------------------
+
+    def verb(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """Run a command by name; returns the dict that ``--json`` prints."""
+        from extsnap.snapshot.verbs import VERBS
+
+        if name not in VERBS:
+            raise ExtsnapError(f"there is no command {name!r}")
+        return VERBS[name](self, **arguments)
+
+    def close(self) -> None:
+        """Close the image; held writes of a volume that nobody ended serving are lost, as at a power cut."""
+        close = getattr(self._device, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Volume:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.engine is not None and self.writable and not self.serving:
+            self.engine.flush()
+        self.close()
+
+
+MINIMUM_ROOM = edit.MINIMUM_ROOM
+
+
+def open_volume(path: str | Path, *, writable: bool = True) -> Volume:
+    """`Volume.open` under the name that the package exports as ``extsnap.open``."""
+    return Volume.open(path, writable=writable)
