@@ -1,0 +1,594 @@
+"""The kernel's FUSE protocol, spoken directly on ``/dev/fuse``.
+
+The served directory is small and fixed::
+
+    volume            the base volume, read and written
+    snapshots/NAME    a view of each snapshot, read-only
+
+One request is one ``readv``, one positioned read or write of the volume, and one ``writev``; the
+buffers are allocated once and page-aligned.  ``linux/fuse.h`` is the specification; structures keep
+its field order, in the byte order of the host.
+
+*Caching.*  Names and attributes have timeouts of zero, so a snapshot appears and vanishes at once.  A
+snapshot's node number comes from its id, which is never used again: a name that is used again cannot
+show pages of the snapshot that had it before.  ``volume`` is opened without ``FOPEN_KEEP_CACHE``, so
+pages from before a restore (which is refused while ``volume`` is open) are dropped by the next open.
+Writes go through the kernel's page cache to us at once unless ``writeback_cache`` is asked for.
+
+*Turns.*  ``serve_one`` handles one request and returns: the caller decides what happens between two
+requests, and nothing here starts a thread or touches the mount from above.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from extsnap.errors import ExtsnapError
+from extsnap.serve.contract import ServedView, ServedVolume
+
+# Opcodes (enum fuse_opcode).
+LOOKUP, FORGET, GETATTR, SETATTR = 1, 2, 3, 4
+SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK = 6, 8, 9, 10, 11, 12, 13
+OPEN, READ, WRITE, STATFS, RELEASE, FSYNC = 14, 15, 16, 17, 18, 20
+FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, FSYNCDIR, ACCESS, CREATE = 25, 26, 27, 28, 29, 30, 34, 35
+INTERRUPT, DESTROY, BATCH_FORGET, FALLOCATE, RENAME2, LSEEK, TMPFILE = 36, 38, 42, 43, 45, 46, 51
+
+# INIT flags.
+ASYNC_READ, BIG_WRITES, ASYNC_DIO, WRITEBACK_CACHE = 1 << 0, 1 << 5, 1 << 15, 1 << 16
+PARALLEL_DIROPS, ABORT_ERROR, MAX_PAGES = 1 << 18, 1 << 21, 1 << 22
+
+FOPEN_KEEP_CACHE = 1 << 1
+FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
+
+IN_HEADER = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
+OUT_HEADER = struct.Struct("=IiQ")  # len, error, unique
+INIT_IN = struct.Struct("=IIII")  # major, minor, max_readahead, flags
+# as INIT_IN, then max_background, congestion_threshold, max_write, time_gran, max_pages, map_alignment, flags2
+INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")
+ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
+ENTRY_OUT = struct.Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec
+ATTR_OUT = struct.Struct("=QII")  # attr_valid, attr_valid_nsec, dummy
+SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")  # valid, padding, fh, size, ...
+OPEN_IN = struct.Struct("=II")  # flags, open_flags
+OPEN_OUT = struct.Struct("=QII")  # fh, open_flags, padding
+IO_IN = struct.Struct("=QQIIQII")  # fuse_read_in, fuse_write_in: fh, offset, size, ...
+WRITE_OUT = struct.Struct("=II")
+RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
+FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
+FORGET_IN = struct.Struct("=Q")
+FORGET_ONE = struct.Struct("=QQ")  # nodeid, nlookup
+STATFS_OUT = struct.Struct("=QQQQQIII4x24x")
+DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type
+
+KERNEL_MAJOR, KERNEL_MINOR = 7, 31
+DEFAULT_MAX_WRITE = 1 << 20
+
+ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 16
+
+# The requests that would change the tree: it is ours alone.
+_TREE_CHANGES = frozenset((SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2, TMPFILE))
+
+
+class Unmounted(Exception):
+    """The kernel has no more requests: the directory was unmounted or the connection aborted."""
+
+
+class _Refused(Exception):
+    """A request that is answered with an errno, and that is nothing to log."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass
+class _Node:
+    """A snapshot's file: what the kernel knows by number."""
+
+    number: int
+    name: str
+    size: int
+    lookups: int = 0
+    opens: int = 0
+    view: ServedView | None = None
+
+
+class FuseFiles:
+    """One connection: the tree above, answered from a volume.
+
+    Attributes:
+        volume_opens: How often ``volume`` is open now.
+        volume_write_opens: How often of these for writing.
+        last_pid: The process behind the last request that had one.
+        failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
+            of its file without asking for the result), or None.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        volume: ServedVolume,
+        *,
+        writable: bool = True,
+        max_write: int = DEFAULT_MAX_WRITE,
+        writeback_cache: bool = False,
+        before_write: Callable[[], None] | None = None,
+        log: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Speak on ``fd``, a mounted, non-blocking ``/dev/fuse``.
+
+        Args:
+            fd: The connection; stays the caller's.
+            volume: What is served.
+            writable: Whether ``volume`` may be opened for writing.
+            max_write: Largest write and read of one request, a multiple of the page size.
+            writeback_cache: Let the kernel delay writes; whoever needs them must fsync ``volume``.
+            before_write: Called before ``volume`` is opened for writing; may raise.
+            log: Takes one line about a request that failed.
+        """
+        self._fd = fd
+        self._volume = volume
+        self._writable = writable
+        self._max_write = max_write
+        self._writeback_cache = writeback_cache
+        self._before_write = before_write
+        self._log = log
+        self._last_logged = ("", 0.0)
+        self.volume_opens = 0
+        self.volume_write_opens = 0
+        self.last_pid = 0
+        self.failure: Exception | None = None
+        self._dirty = False
+        self._nodes: dict[int, _Node] = {}
+        self._by_name: dict[str, _Node] = {}
+        self._listings: dict[int, list[tuple[bytes, int, int]]] = {}
+        self._next_listing = 1
+        self._uid, self._gid = os.geteuid(), os.getegid()
+        self._started = int(time.time())
+        self._changed = self._started
+        self._touched = False
+        # A WRITE is header, fuse_write_in, data: read like this, its data is page-aligned.
+        self._head = bytearray(IN_HEADER.size + IO_IN.size)
+        self._data = memoryview(mmap.mmap(-1, max(max_write, 1 << 16)))
+        self._in_buffers: list[bytearray | memoryview] = [self._head, self._data]
+        self._out_head = bytearray(OUT_HEADER.size)
+        self._out_data = memoryview(mmap.mmap(-1, max_write))
+        self._write_reply = bytearray(OUT_HEADER.size + WRITE_OUT.size)
+        self._slow: dict[int, Callable[[int, bytes], bytes | None]] = {
+            LOOKUP: self._lookup,
+            GETATTR: self._getattr,
+            SETATTR: self._setattr,
+            OPEN: self._open,
+            RELEASE: self._release,
+            FLUSH: self._flush,
+            FSYNC: self._fsync,
+            FALLOCATE: self._fallocate,
+            OPENDIR: self._opendir,
+            READDIR: self._readdir,
+            RELEASEDIR: self._releasedir,
+            FSYNCDIR: self._nothing,
+            STATFS: self._statfs,
+            ACCESS: self._nothing,
+            DESTROY: self._nothing,
+            INIT: self._init,
+        }
+
+    # ---- what the server asks
+
+    @property
+    def total_opens(self) -> int:
+        """How many files of the tree are open."""
+        return self.volume_opens + sum(node.opens for node in self._nodes.values())
+
+    def open_views(self) -> list[str]:
+        """Names of the snapshots whose file is open."""
+        return sorted(node.name for node in self._nodes.values() if node.opens)
+
+    def opens_of(self, file: str) -> int:
+        """How often ``volume`` or ``snapshots/NAME`` is open."""
+        if file == "volume":
+            return self.volume_opens
+        return sum(node.opens for node in self._nodes.values() if f"snapshots/{node.name}" == file)
+
+    def snapshots_changed(self) -> None:
+        """Forget which name means which snapshot: a command may have changed it."""
+        self._by_name.clear()
+
+    def close(self) -> None:
+        """Close the views that are still open (after the end of the connection)."""
+        for node in self._nodes.values():
+            if node.view is not None:
+                view, node.view = node.view, None
+                view.close()
+        self._nodes.clear()
+        self._by_name.clear()
+
+    # ---- requests
+
+    def serve_one(self) -> bool:
+        """Take one request and answer it; returns False if none is waiting.
+
+        Raises:
+            Unmounted: There will be no more.
+        """
+        try:
+            length = os.readv(self._fd, self._in_buffers)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EINTR, errno.ENOENT):  # ENOENT: aborted before we took it
+                return True
+            raise Unmounted from error
+        if length == 0:
+            raise Unmounted
+        if length < IN_HEADER.size:
+            return True
+        claimed, opcode, unique, node, _, _, pid, _, _ = IN_HEADER.unpack_from(self._head)
+        if pid:
+            self.last_pid = pid
+        if claimed != length:
+            self._fail(unique, errno.EINVAL)
+            return True
+        try:
+            if opcode == WRITE:
+                self._write(unique, node, length)
+            elif opcode == READ:
+                self._read(unique, node, length)
+            elif opcode in (FORGET, BATCH_FORGET):
+                self._forget(opcode, node, length)
+            elif opcode in self._slow:
+                answer = self._slow[opcode](node, self._body(length))
+                if not self._answer(unique, answer or b"") and opcode == OPEN:
+                    self._unopen(node, self._body(length))
+            else:
+                # ENOSYS is remembered by the kernel: it does not ask again, and ends interrupts that way too.
+                self._fail(unique, errno.EPERM if opcode in _TREE_CHANGES else errno.ENOSYS)
+        except Unmounted:
+            raise
+        except _Refused as refusal:
+            self._fail(unique, refusal.code)
+        except struct.error:
+            self._fail(unique, errno.EINVAL)
+        except Exception as error:  # one bad request must never end the others
+            self._report(opcode, error)
+            self._fail(unique, error_number(error))
+        return True
+
+    def _body(self, length: int) -> bytes:
+        split = len(self._head)
+        if length <= split:
+            return bytes(self._head[IN_HEADER.size : length])
+        return bytes(self._head[IN_HEADER.size :]) + bytes(self._data[: length - split])
+
+    def _send(self, unique: int, parts: list[bytes | bytearray | memoryview]) -> bool:
+        try:
+            os.writev(self._fd, parts)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                raise Unmounted from error
+            if error.errno == errno.ENOENT:  # the asker was interrupted and is gone
+                return False
+            self._note(f"answer to request {unique} was not taken: {error.strerror}")
+            return False
+        return True
+
+    def _answer(self, unique: int, payload: bytes) -> bool:
+        OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size + len(payload), 0, unique)
+        return self._send(unique, [self._out_head, payload] if payload else [self._out_head])
+
+    def _fail(self, unique: int, code: int) -> None:
+        OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size, -code, unique)
+        self._send(unique, [self._out_head])
+
+    def _report(self, opcode: int, error: Exception) -> None:
+        what = {WRITE: "write", READ: "read", FSYNC: "fsync", FLUSH: "flush", FALLOCATE: "discard"}.get(opcode)
+        name = "" if isinstance(error, ExtsnapError) else f"{type(error).__name__}: "
+        self._note(f"{what or f'request {opcode}'} failed: {name}{error}")
+
+    def _note(self, message: str) -> None:
+        """Log, but not the same line for each of a thousand requests."""
+        now = time.monotonic()
+        text, when = self._last_logged
+        if message != text or now - when > 1.0:
+            self._last_logged = (message, now)
+            self._log(message)
+
+    # ---- the hot path
+
+    def _write(self, unique: int, node: int, length: int) -> None:
+        _, offset, size, _, _, _, _ = IO_IN.unpack_from(self._head, IN_HEADER.size)
+        if size != length - len(self._head):
+            raise _Refused(errno.EINVAL)
+        if node != VOLUME_NODE:
+            raise _Refused(errno.EBADF)
+        if not self._writable:
+            raise _Refused(errno.EROFS)
+        room = self._volume.size - offset
+        if size > room:
+            if room <= 0:
+                raise _Refused(errno.EFBIG)
+            size = room
+        self._dirty = self._touched = True
+        self._volume.write(offset, self._data[:size])
+        reply = self._write_reply
+        OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
+        WRITE_OUT.pack_into(reply, OUT_HEADER.size, size, 0)
+        self._send(unique, [reply])
+
+    def _read(self, unique: int, node: int, length: int) -> None:
+        if length < len(self._head):
+            raise _Refused(errno.EINVAL)
+        _, offset, size, _, _, _, _ = IO_IN.unpack_from(self._head, IN_HEADER.size)
+        source: ServedVolume | ServedView
+        if node == VOLUME_NODE:
+            source = self._volume
+        else:
+            found = self._nodes.get(node)
+            if found is None or found.view is None:
+                raise _Refused(errno.EBADF)
+            source = found.view
+        size = max(0, min(size, source.size - offset, self._max_write))
+        OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size + size, 0, unique)
+        if size:
+            data = self._out_data[:size]
+            source.readinto(offset, data)
+            # readinto may have raised or logged, never answered: the header is still ours.
+            self._send(unique, [self._out_head, data])
+        else:
+            self._send(unique, [self._out_head])
+
+    # ---- the rest
+
+    def _nothing(self, node: int, body: bytes) -> bytes | None:
+        return None
+
+    def _init(self, node: int, body: bytes) -> bytes:
+        major, minor, max_readahead, offered = INIT_IN.unpack_from(body)
+        if major < KERNEL_MAJOR or (major == KERNEL_MAJOR and minor < KERNEL_MINOR):
+            self._log(f"the kernel speaks FUSE {major}.{minor}; {KERNEL_MAJOR}.{KERNEL_MINOR} is needed")
+            raise _Refused(errno.EPROTO)
+        if major > KERNEL_MAJOR:  # it asks again with our version
+            return INIT_OUT.pack(KERNEL_MAJOR, KERNEL_MINOR, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        wanted = ASYNC_READ | BIG_WRITES | ASYNC_DIO | PARALLEL_DIROPS | ABORT_ERROR | MAX_PAGES
+        if self._writeback_cache:
+            wanted |= WRITEBACK_CACHE
+        return INIT_OUT.pack(
+            KERNEL_MAJOR,
+            KERNEL_MINOR,
+            min(max_readahead, self._max_write),
+            offered & wanted,
+            64,
+            48,
+            self._max_write,
+            1,
+            self._max_write // mmap.PAGESIZE,
+            0,
+            0,
+        )
+
+    def _attributes(self, node: int) -> bytes:
+        changed = self._started
+        if node in (ROOT_NODE, SNAPSHOTS_NODE):
+            mode, links, size = stat.S_IFDIR | 0o500, 3 if node == ROOT_NODE else 2, 0
+        elif node == VOLUME_NODE:
+            if self._touched:
+                self._changed, self._touched = int(time.time()), False
+            changed = self._changed
+            mode, links, size = stat.S_IFREG | (0o600 if self._writable else 0o400), 1, self._volume.size
+        else:
+            known = self._nodes.get(node)
+            if known is None:
+                raise _Refused(errno.ESTALE)
+            mode, links, size = stat.S_IFREG | 0o400, 1, known.size
+        blocks, owner = -(-size // 512), (self._uid, self._gid)
+        return ATTR.pack(node, size, blocks, changed, changed, changed, 0, 0, 0, mode, links, *owner, 0, 4096, 0)
+
+    def _snapshot(self, name: str) -> _Node:
+        if name not in self._volume.snapshot_names():
+            self._by_name.pop(name, None)
+            raise _Refused(errno.ENOENT)
+        node = self._by_name.get(name)
+        if node is None:
+            view = self._volume.open_view(name)
+            try:
+                number, size = FIRST_SNAPSHOT_NODE + view.id, view.size
+            finally:
+                view.close()
+            node = self._nodes.get(number) or _Node(number, name, size)
+            self._by_name[name] = node
+        return node
+
+    def _lookup(self, parent: int, body: bytes) -> bytes:
+        raw = body.split(b"\0", 1)[0]
+        number = 0
+        if parent == ROOT_NODE:
+            number = {b"volume": VOLUME_NODE, b"snapshots": SNAPSHOTS_NODE}.get(raw, 0)
+        elif parent == SNAPSHOTS_NODE:
+            try:
+                node = self._snapshot(raw.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise _Refused(errno.ENOENT) from None
+            self._nodes[node.number] = node
+            node.lookups += 1
+            number = node.number
+        if not number:
+            raise _Refused(errno.ENOENT)
+        return ENTRY_OUT.pack(number, 0, 0, 0, 0, 0) + self._attributes(number)
+
+    def _forget(self, opcode: int, node: int, length: int) -> None:
+        """FORGET and BATCH_FORGET have no answer, not even to a malformed one."""
+        body = self._body(length)
+        try:
+            if opcode == FORGET:
+                pairs = [(node, FORGET_IN.unpack_from(body)[0])]
+            else:
+                (count,) = struct.unpack_from("=I", body)
+                count = min(count, (len(body) - 8) // FORGET_ONE.size)
+                pairs = [FORGET_ONE.unpack_from(body, 8 + index * FORGET_ONE.size) for index in range(count)]
+        except struct.error:
+            return
+        for number, lookups in pairs:
+            known = self._nodes.get(number)
+            if known is not None:
+                known.lookups = max(0, known.lookups - lookups)
+                self._drop_unused(known)
+
+    def _drop_unused(self, node: _Node) -> None:
+        if not node.lookups and not node.opens:
+            self._nodes.pop(node.number, None)
+
+    def _getattr(self, node: int, body: bytes) -> bytes:
+        return ATTR_OUT.pack(0, 0, 0) + self._attributes(node)
+
+    def _setattr(self, node: int, body: bytes) -> bytes:
+        fields = SETATTR_IN.unpack_from(body)
+        valid, size = fields[0], fields[3]
+        if node != VOLUME_NODE or not self._writable:
+            raise _Refused(errno.EROFS)
+        if valid & FATTR_SIZE and size != self._volume.size:
+            # The size is the filesystem's business: making the file shorter would cut the volume.
+            raise _Refused(errno.EPERM if size < self._volume.size else errno.EOPNOTSUPP)
+        if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
+            raise _Refused(errno.EPERM)
+        return self._getattr(node, body)
+
+    def _open(self, node: int, body: bytes) -> bytes:
+        flags, _ = OPEN_IN.unpack_from(body)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if node == VOLUME_NODE:
+            if writing:
+                if not self._writable:
+                    raise _Refused(errno.EROFS)
+                if self._before_write is not None:
+                    self._before_write()
+                self.volume_write_opens += 1
+            self.volume_opens += 1
+            return OPEN_OUT.pack(0, 0, 0)
+        if node in (ROOT_NODE, SNAPSHOTS_NODE):
+            raise _Refused(errno.EISDIR)
+        known = self._nodes.get(node)
+        if known is None or self._by_name.get(known.name) is not known:
+            raise _Refused(errno.ESTALE)  # the kernel looks the name up again
+        if writing:
+            raise _Refused(errno.EROFS)
+        if known.view is None:
+            known.view = self._volume.open_view(known.name)
+        known.opens += 1
+        return OPEN_OUT.pack(0, FOPEN_KEEP_CACHE, 0)
+
+    def _release(self, node: int, body: bytes) -> None:
+        _, flags, _, _ = RELEASE_IN.unpack_from(body)
+        self._let_go(node, flags & os.O_ACCMODE != os.O_RDONLY)
+        if node == VOLUME_NODE and self._dirty:
+            try:
+                self._settle()
+            except Exception as error:  # nobody waits for the answer of a release
+                self.failure = self.failure or error
+                raise
+
+    def _unopen(self, node: int, body: bytes) -> None:
+        """An open whose answer found nobody: no release will come."""
+        self._let_go(node, OPEN_IN.unpack_from(body)[0] & os.O_ACCMODE != os.O_RDONLY)
+
+    def _let_go(self, node: int, writing: bool) -> None:
+        if node == VOLUME_NODE:
+            self.volume_opens = max(0, self.volume_opens - 1)
+            if writing:
+                self.volume_write_opens = max(0, self.volume_write_opens - 1)
+            return
+        known = self._nodes.get(node)
+        if known is None or not known.opens:
+            return
+        known.opens -= 1
+        if not known.opens:
+            view, known.view = known.view, None
+            self._drop_unused(known)
+            if view is not None:
+                view.close()
+
+    def _settle(self) -> None:
+        self._dirty = False
+        try:
+            self._volume.flush()
+        except BaseException:
+            self._dirty = True
+            raise
+
+    def _flush(self, node: int, body: bytes) -> None:
+        # Closing is the only barrier that debugfs and friends give.
+        if node == VOLUME_NODE and self._dirty:
+            self._settle()
+
+    def _fsync(self, node: int, body: bytes) -> None:
+        if node == VOLUME_NODE and self._writable:
+            self._settle()
+
+    def _fallocate(self, node: int, body: bytes) -> None:
+        _, offset, length, mode, _ = FALLOCATE_IN.unpack_from(body)
+        if node != VOLUME_NODE or not self._writable:
+            raise _Refused(errno.EROFS)
+        # Discard and write-zeroes of a loop device both arrive as 3.  One EOPNOTSUPP to them would
+        # end discard on that loop device for good.
+        if mode & ~FALLOC_KEEP_SIZE not in (FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
+            raise _Refused(errno.EOPNOTSUPP)
+        if offset + length > self._volume.size:
+            if mode & FALLOC_ZERO_RANGE and not mode & FALLOC_KEEP_SIZE:
+                raise _Refused(errno.EFBIG)
+            length = max(0, self._volume.size - offset)
+        if length:
+            self._dirty = self._touched = True
+            self._volume.punch(offset, length)
+
+    def _opendir(self, node: int, body: bytes) -> bytes:
+        if node == ROOT_NODE:
+            entries = [(b"volume", VOLUME_NODE, stat.S_IFREG >> 12), (b"snapshots", SNAPSHOTS_NODE, stat.S_IFDIR >> 12)]
+        elif node == SNAPSHOTS_NODE:
+            # The number in a listing is informative only: a lookup gives the real one.
+            entries = [(name.encode("utf-8"), 0xFFFFFFFF, stat.S_IFREG >> 12) for name in self._volume.snapshot_names()]
+        else:
+            raise _Refused(errno.ENOTDIR)
+        handle = self._next_listing
+        self._next_listing += 1
+        directory = stat.S_IFDIR >> 12
+        self._listings[handle] = [(b".", node, directory), (b"..", ROOT_NODE, directory), *entries]
+        return OPEN_OUT.pack(handle, 0, 0)
+
+    def _readdir(self, node: int, body: bytes) -> bytes:
+        handle, offset, size, _, _, _, _ = IO_IN.unpack_from(body)
+        listing = self._listings.get(handle)
+        if listing is None:
+            raise _Refused(errno.EBADF)
+        parts: list[bytes] = []
+        room = min(size, self._max_write)
+        for index in range(offset, len(listing)):
+            name, number, kind = listing[index]
+            entry = DIRENT.pack(number, index + 1, len(name), kind) + name
+            entry += bytes(-len(entry) % 8)
+            if len(entry) > room:
+                break
+            room -= len(entry)
+            parts.append(entry)
+        return b"".join(parts)
+
+    def _releasedir(self, node: int, body: bytes) -> None:
+        self._listings.pop(RELEASE_IN.unpack_from(body)[0], None)
+
+    def _statfs(self, node: int, body: bytes) -> bytes:
+        return STATFS_OUT.pack(self._volume.size // 4096, 0, 0, 0, 0, 4096, 255, 4096)
+
+
+def error_number(error: BaseException) -> int:
+    """The errno that a served file answers with when ``error`` reaches a request."""
+    if isinstance(error, ExtsnapError):
+        return error.errno or errno.EIO
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return errno.EIO

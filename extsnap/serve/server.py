@@ -1,0 +1,641 @@
+"""The server process: one thread that takes turns between FUSE requests and commands.
+
+One poll loop over ``/dev/fuse``, the control socket, its clients, and a pipe that signals arrive on.
+Because a command and a request never overlap, "suspend writes" needs no lock: a command is running.
+
+How a server ends:
+
+* ``attach``: by ``detach``, by a signal, or because somebody unmounted its directory.
+* ``mount`` and ``run`` (``auto_end``): when the one who started it has hung up and nothing of the
+  directory is open any more.  The *keeper*, a socket whose other end only the starter holds, tells
+  when that is, also if the starter is killed.
+* A signal while files are open is remembered and obeyed when the last one closes; a second one ends
+  the server at once.
+
+The end: flush, unmount, ``end_serving``, remove the socket, close.  The image stays locked until the last
+of these, and whoever waits is answered after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from extsnap.errors import ExtsnapError, ServerError, ToolError, VolumeBusy
+from extsnap.serve import control, mounting
+from extsnap.serve.contract import EngineVolume, load_factory
+from extsnap.serve.fuse import FuseFiles, Unmounted
+
+_PR_SET_IO_FLUSHER = 57
+_FUSE_BURST = 64  # requests between two looks at the control socket
+_MAX_CLIENTS = 64
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass
+class ServerConfig:
+    """What a server is started with (JSON on its way into the process).
+
+    Attributes:
+        image: Absolute path of the image, without symbolic links.
+        directory: Where the files appear; exists.
+        factory: Name of what opens the volume, see ``contract.load_factory``.
+        writable: Open the volume for writing; a read-only server has no control socket.
+        private: The directory is ours: removed at the end.
+        auto_end: End with the last user instead of by ``detach``.
+        lazy: Begin to serve for writing only when ``volume`` is opened for it.
+        writeback_cache: Let the kernel delay writes to ``volume``.
+        allow_other: Let other users in, as far as the files' modes do.
+    """
+
+    image: str
+    directory: str
+    factory: str
+    writable: bool = True
+    private: bool = False
+    auto_end: bool = False
+    lazy: bool = False
+    writeback_cache: bool = False
+    allow_other: bool = False
+
+    def to_json(self) -> str:
+        """For ``from_json``."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerConfig:
+        """The inverse of ``to_json``."""
+        return cls(**json.loads(text))
+
+
+class Server:
+    """Serves one volume from ``start`` to the end of ``serve``."""
+
+    def __init__(self, config: ServerConfig, keeper: socket.socket | None = None) -> None:
+        self.config = config
+        self.clean: bool | None = None
+        self._keeper = control.Connection(keeper, keeper=True) if keeper is not None else None
+        self._clients: dict[int, control.Connection] = {}
+        self._waiting: list[tuple[control.Connection, str, float]] = []
+        self._poll = select.poll()
+        self._volume: EngineVolume | None = None
+        self._files: FuseFiles | None = None
+        self._fuse_fd = -1
+        self._listener: socket.socket | None = None
+        self._socket_path: Path | None = None
+        self._begun = False
+        self._recovering = False
+        self._ending_soon = config.auto_end
+        self._signal_seen = False
+        self._over = False
+        self._signals_read, self._signals_write = -1, -1
+        self._old_handlers: dict[int, Any] = {}
+        self._old_wakeup = -1
+        self.logged = False
+
+    # ---- start
+
+    def start(self) -> dict[str, Any]:
+        """Open the volume, mount, listen; returns the greeting.
+
+        Raises:
+            ExtsnapError, OSError: Nothing stays behind.
+        """
+        try:
+            self._volume = load_factory(self.config.factory)(self.config.image, writable=self.config.writable)
+            self._fuse_fd = mounting.fuse_mount(
+                self.config.directory, self.config.image, allow_other=self.config.allow_other
+            )
+            self._files = FuseFiles(
+                self._fuse_fd,
+                self._volume,
+                writable=self.config.writable,
+                writeback_cache=self.config.writeback_cache,
+                before_write=self._begin if self.config.writable else None,
+                log=self.log,
+            )
+            if self.config.writable:
+                # A marked image is served as it is, and not grown, until its filesystem was replayed.
+                self._recovering = self._volume.needs_replay
+                if self._recovering or not self.config.lazy:
+                    self._begin()
+                self._register()
+            self._catch_signals()
+        except BaseException:
+            self._finish()
+            raise
+        self._poll.register(self._fuse_fd, select.POLLIN)
+        if self._keeper is not None:
+            self._add(self._keeper)
+        with contextlib.suppress(OSError, AttributeError):
+            # Under memory pressure our own writes must not wait for writes that wait for us.
+            ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+        gc.collect()
+        gc.freeze()
+        return self._greeting()
+
+    def _register(self) -> None:
+        key = control.image_key(self.config.image)
+        self._socket_path = control.socket_path(key)
+        record = control.Record(os.getpid(), self.config.directory, self.config.image, self.config.private)
+        record.save(self._socket_path.with_suffix(".json"))
+        self._listener = control.listen(self._socket_path)
+        self._poll.register(self._listener, select.POLLIN)
+
+    def _begin(self) -> None:
+        assert self._volume is not None
+        if not self._begun:
+            self._volume.begin_serving(grow=not self._recovering)
+            self._begun = True
+
+    def _catch_signals(self) -> None:
+        self._signals_read, self._signals_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._old_wakeup = signal.set_wakeup_fd(self._signals_write, warn_on_full_buffer=False)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            """The byte in the pipe says it all."""
+
+        for number in _SIGNALS:
+            self._old_handlers[number] = signal.signal(number, note)
+        self._poll.register(self._signals_read, select.POLLIN)
+
+    def _greeting(self) -> dict[str, Any]:
+        assert self._volume is not None
+        return {
+            "pid": os.getpid(),
+            "directory": self.config.directory,
+            "image": self.config.image,
+            "auto_end": self.config.auto_end,
+            "needs_replay": self._recovering,
+            "opens": self._files.total_opens if self._files is not None else 0,
+        }
+
+    def log(self, message: str) -> None:
+        """One line into the log (standard error)."""
+        self.logged = True
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{stamp} extsnap[{os.getpid()}]: {message}", file=sys.stderr, flush=True)
+
+    # ---- the loop
+
+    def serve(self) -> None:
+        """Take turns until the end."""
+        assert self._files is not None
+        fuse_fd, serve_one, poll = self._fuse_fd, self._files.serve_one, self._poll.poll
+        while not self._over:
+            try:
+                for fd, event in poll(self._timeout()):
+                    if fd == fuse_fd:
+                        for _ in range(_FUSE_BURST):
+                            if not serve_one():
+                                break
+                    else:
+                        self._attend(fd, event)
+            except Unmounted:
+                self._finish()
+                break
+            if self._waiting:
+                self._look_after_waiting()
+            if self._ending_soon and not self._keeper_holds() and not self._files.total_opens:
+                self._try_to_end()
+
+    def _timeout(self) -> int | None:
+        return 50 if self._waiting else None
+
+    def _keeper_holds(self) -> bool:
+        return self._keeper is not None
+
+    def _attend(self, fd: int, event: int) -> None:
+        if fd == self._signals_read:
+            self._signalled(os.read(fd, 4096))
+        elif self._listener is not None and fd == self._listener.fileno():
+            self._accept()
+        else:
+            client = self._clients.get(fd)
+            if client is None:
+                return
+            if event & select.POLLOUT:
+                client.flush()
+                self._watch(client)
+            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                self._hear(client)
+
+    def _signalled(self, numbers: bytes) -> None:
+        assert self._files is not None
+        for number in numbers:
+            if number not in _SIGNALS or self._over:
+                continue
+            name = signal.Signals(number).name
+            if self._signal_seen and self._files.total_opens:
+                self.log(f"{name} again: ending although files are open")
+                self._end(force=True)
+                return
+            self._signal_seen = self._ending_soon = True
+            if self._keeper is not None:
+                self._drop(self._keeper)
+            if self._files.total_opens:
+                self.log(f"{name}: ending as soon as nobody has a file open")
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        if control.peer(connection)[1] not in (0, os.geteuid()) or len(self._clients) >= _MAX_CLIENTS:
+            connection.close()
+            return
+        self._add(control.Connection(connection))
+
+    def _add(self, client: control.Connection) -> None:
+        self._clients[client.fileno()] = client
+        self._poll.register(client.fileno(), select.POLLIN)
+
+    def _watch(self, client: control.Connection) -> None:
+        if client.fileno() in self._clients:
+            self._poll.modify(client.fileno(), select.POLLIN | (select.POLLOUT if client.wants_to_write else 0))
+
+    def _drop(self, client: control.Connection) -> None:
+        if self._clients.pop(client.fileno(), None) is not None:
+            self._poll.unregister(client.fileno())
+        self._waiting = [item for item in self._waiting if item[0] is not client]
+        client.socket.close()
+        if client is self._keeper:
+            self._keeper = None
+            if self._recovering:  # the starter died while it replayed the journal, or gave up
+                self._ending_soon = True
+
+    def _hear(self, client: control.Connection) -> None:
+        try:
+            requests = client.requests()
+        except ServerError as error:
+            client.refuse(error)
+            requests = None
+        if requests is None:
+            self._drop(client)
+            return
+        for verb, arguments in requests:
+            if self._over:
+                return
+            self._drain_fuse()
+            try:
+                result = self._obey(client, verb, arguments)
+                if result is not None:
+                    client.answer(result)
+            except Unmounted:
+                raise
+            except Exception as error:
+                if not isinstance(error, ExtsnapError | OSError):
+                    self.log(f"command {verb} failed:\n{traceback.format_exc()}")
+                client.refuse(error)
+            self._watch(client)
+
+    def _drain_fuse(self) -> None:
+        """Closes that the kernel has already told us of come before a command that asks who has a file open."""
+        assert self._files is not None
+        for _ in range(_FUSE_BURST):
+            if not self._files.serve_one():
+                break
+
+    # ---- commands
+
+    def _obey(self, client: control.Connection, verb: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        assert self._volume is not None
+        assert self._files is not None
+        own: dict[str, Callable[..., dict[str, Any] | None]] = {
+            "server.hello": lambda: self._greeting(),
+            "server.detach": lambda force=False: self._detach(client, bool(force)),
+            "server.settle": lambda file, seconds=10.0: self._settle(client, str(file), float(seconds)),
+            "server.recovered": self._recovered,
+        }
+        if verb in own:
+            return own[verb](**arguments)
+        if verb.startswith("server."):
+            raise ServerError(f"the server knows no command {verb}", hint="is it of another version of extsnap?")
+        self._permit(verb, arguments)
+        try:
+            return self._volume.verb(verb, **arguments)
+        finally:
+            self._files.snapshots_changed()
+
+    def _permit(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Refuse what the files that are open forbid."""
+        assert self._volume is not None
+        assert self._files is not None
+        files = self._files
+        if verb in ("restore", "strip") and files.volume_opens:
+            raise self._busy("volume", f"{verb} needs the volume for itself", "unmount or close it first")
+        if verb == "create" and files.volume_write_opens:
+            raise self._busy("volume", "snapshots of a mounted volume are not supported yet", "unmount first")
+        if verb not in ("strip", "delete") or not files.open_views():
+            return
+        names = set(self._volume.snapshot_names())
+        if verb == "delete":
+            wanted = arguments.get("names", arguments.get("name", []))
+            wanted = {wanted} if isinstance(wanted, str) else set(wanted or [])
+            if arguments.get("kind"):
+                listed = self._volume.verb("list")["snapshots"]
+                wanted |= {found["name"] for found in listed if found.get("kind") == arguments["kind"]}
+            names &= wanted
+        for name in files.open_views():
+            if name in names:
+                raise self._busy(f"snapshots/{name}", f"snapshot {name} is open", "unmount or close it first")
+
+    def _busy(self, file: str, what: str, hint: str) -> VolumeBusy:
+        """The error that names who has a file of ours open."""
+        assert self._files is not None
+        path = os.path.join(self.config.directory, file) if file else self.config.directory
+        users = mounting.users_of(path)
+        name = file or "its directory"
+        if users:
+            return VolumeBusy(f"{what}; {name} is in use: {', '.join(users)}", hint=hint)
+        last = f" (last request from pid {self._files.last_pid})" if self._files.last_pid else ""
+        return control.StillClosing(f"{what}; {name} is still open{last}", hint=hint)
+
+    def _detach(self, client: control.Connection, force: bool) -> None:
+        assert self._files is not None
+        if self._files.total_opens and not force:
+            raise self._busy("", f"{self.config.image} is served", "unmount or close it first, or use --force")
+        self._waiting.append((client, "", float("inf")))
+        if not self._end(force=force):
+            self._waiting = [item for item in self._waiting if item[0] is not client]
+            raise self._busy("", f"{self.config.image} is served", "leave the directory first, or use --force")
+
+    def _settle(self, client: control.Connection, file: str, seconds: float) -> None:
+        """Answered when ``file`` is closed and durable, and, if this server ends with it, when it has ended."""
+        self._waiting.append((client, file, time.monotonic() + seconds))
+        self._look_after_waiting()
+
+    def _look_after_waiting(self) -> None:
+        assert self._files is not None
+        assert self._volume is not None
+        now = time.monotonic()
+        for item in list(self._waiting):
+            client, file, deadline = item
+            if not file or (self._files.opens_of(file) and now < deadline):
+                continue
+            if self._ending_soon and not self._files.total_opens:
+                continue  # answered at the end, which is about to come
+            self._waiting.remove(item)
+            try:
+                self._volume.flush()
+                client.answer({"ended": False})
+            except Exception as error:
+                client.refuse(error)
+            self._watch(client)
+
+    def _recovered(self) -> dict[str, Any]:
+        """The starter has replayed the journal through us: take the mark off, then serve as usual."""
+        assert self._volume is not None
+        if self._recovering:
+            self._volume.flush()
+            clean = self._volume.end_serving()
+            self._begun = False
+            if not clean:
+                return {"clean": False}
+            self._recovering = False
+            if not self.config.lazy:
+                self._begin()
+        return {"clean": True}
+
+    # ---- the end
+
+    def _try_to_end(self) -> None:
+        """Somebody may have opened a file while the end began: then it comes later."""
+        self._end(force=False)
+
+    def _end(self, *, force: bool) -> bool:
+        """Unmount and finish; returns False, still serving, if the directory is busy."""
+        assert self._files is not None
+        if force:
+            with contextlib.suppress(Exception):
+                assert self._volume is not None
+                self._volume.flush()
+            mounting.fuse_abort(self.config.directory)
+        elif not self._unmount():
+            return False
+        self._finish()
+        return True
+
+    def _unmount(self) -> bool:
+        """Unmount from a process of its own and serve on meanwhile: the kernel may still have requests."""
+        assert self._files is not None
+        lazy = False
+        while True:
+            try:
+                helper = subprocess.Popen(
+                    mounting.fuse_unmount_command(self.config.directory, lazy=lazy),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            except (OSError, ToolError) as error:
+                self.log(f"cannot run umount ({error}): detaching the directory instead")
+                mounting.fuse_abort(self.config.directory)
+                return True
+            poll = select.poll()
+            poll.register(self._fuse_fd, select.POLLIN)
+            unmounted = False
+            while helper.poll() is None:
+                try:
+                    if not unmounted and poll.poll(20):
+                        while self._files.serve_one():
+                            pass
+                    elif unmounted:
+                        helper.wait()
+                except Unmounted:
+                    unmounted = True
+            if helper.returncode == 0 or unmounted:
+                return True
+            with contextlib.suppress(Unmounted):
+                self._drain_fuse()
+            if self._files.total_opens or lazy or not self._ending_soon:
+                return False
+            # Nothing is open: only somebody's working directory keeps the mount busy.
+            lazy = True
+
+    def _finish(self) -> None:
+        """Everything after the unmount; runs once, whatever fails on the way, and answers all who wait."""
+        if self._over:
+            return
+        self._over = True
+        failure: BaseException | None = None
+        clean = True
+        if self._files is not None:
+            failure = self._files.failure
+            with contextlib.suppress(Exception):
+                self._files.close()
+        if self._fuse_fd >= 0:
+            os.close(self._fuse_fd)
+            self._fuse_fd = -1
+            if mounting.fuse_mount_at(self.config.directory) is not None:
+                mounting.fuse_abort(self.config.directory)
+        if self._volume is not None:
+            try:
+                if self._begun:
+                    self._volume.flush()
+                    clean = bool(self._volume.end_serving())
+            except Exception as error:
+                failure = failure or error
+                clean = False
+            # The lock goes last: until then nobody else can have put a socket of its own in this place.
+            self._unregister()
+            try:
+                self._volume.close()
+            except Exception as error:
+                failure = failure or error
+        if self.config.private:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.config.directory)
+        self.clean = clean and failure is None
+        if failure is not None:
+            self.log(f"ended with an error: {failure}")
+        elif not clean:
+            self.log("ended; the volume needs recovery: the next extsnap command that writes does it")
+        for client, _, _ in self._waiting:
+            if failure is not None:
+                client.refuse(failure)
+            else:
+                client.answer({"ended": True, "clean": clean})
+            client.drain(2.0)
+        self._waiting.clear()
+        for client in list(self._clients.values()):
+            self._drop(client)
+        self._release_signals()
+
+    def _unregister(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._socket_path is not None:
+            with contextlib.suppress(OSError):
+                self._socket_path.unlink(missing_ok=True)
+                self._socket_path.with_suffix(".json").unlink(missing_ok=True)
+            self._socket_path = None
+
+    def _release_signals(self) -> None:
+        if self._signals_read < 0:
+            return
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._signals_read)
+        os.close(self._signals_write)
+        self._signals_read = self._signals_write = -1
+
+
+# ---- the process
+
+# Runs in a fresh interpreter, so that nothing of the caller (threads, locks, descriptors) lives on in the
+# server.  It forks before anything is imported: the caller reaps the first process, the second one stays.
+_BOOTSTRAP = """\
+import os, sys
+if os.fork():
+    os._exit(0)
+import json
+settings = json.loads(sys.stdin.buffer.read())
+sys.path[:] = settings["path"]
+from extsnap.serve.server import daemon_main
+daemon_main(settings)
+"""
+
+
+def spawn(config: ServerConfig) -> tuple[control.ControlClient, dict[str, Any]]:
+    """Start a server process; returns the keeper and the greeting once it serves.
+
+    The server runs on when the keeper is closed, unless it is ``auto_end``.
+
+    Raises:
+        ExtsnapError, OSError: What the server could not start for.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    log = control.log_path(control.image_key(config.image))
+    if not config.writable:
+        log = log.with_suffix(f".{os.getpid()}.log")
+    settings = {
+        "config": config.to_json(),
+        "keeper": theirs.fileno(),
+        "log": os.fspath(log),
+        "path": [os.path.abspath(entry) for entry in sys.path],
+    }
+    try:
+        with theirs:
+            started = subprocess.run(
+                [sys.executable, "-P", "-c", _BOOTSTRAP],
+                input=json.dumps(settings).encode(),
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd="/",
+                check=False,
+            )
+        if started.returncode:
+            raise ServerError(f"cannot start a server: python ended with status {started.returncode}")
+        keeper = control.ControlClient(ours)
+        try:
+            return keeper, keeper.receive()
+        except control.ServerGone:
+            raise ServerError("the server ended before it was ready", hint=f"see {log}") from None
+    except BaseException:
+        ours.close()
+        raise
+
+
+def daemon_main(settings: dict[str, Any]) -> None:
+    """The server process after its fork: log, serve, exit.  Never returns."""
+    status = 1
+    log = Path(settings["log"])
+    keeper = control.Connection(socket.socket(fileno=settings["keeper"]), keeper=True)
+    server: Server | None = None
+    try:
+        os.umask(0o077)
+        if log.exists():
+            log.replace(log.with_suffix(".log.old"))
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for source, target in ((null, 0), (fd, 1), (fd, 2)):
+            os.dup2(source, target)
+        # Until it serves, a signal must not leave a mount behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        config = ServerConfig.from_json(settings["config"])
+        server = Server(config, keeper.socket)
+        try:
+            greeting = server.start()
+        except Exception as error:
+            if not isinstance(error, ExtsnapError | OSError):
+                server.log(f"cannot start:\n{traceback.format_exc()}")
+            keeper.socket.setblocking(True)
+            keeper.refuse(error)
+            return
+        keeper.answer(greeting)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        server.serve()
+        status = 0 if server.clean else 1
+    except BaseException:
+        if server is not None:
+            server.logged = True
+        traceback.print_exc()
+        if server is not None:
+            with contextlib.suppress(BaseException):
+                server._finish()
+    finally:
+        if server is None or not server.logged:
+            with contextlib.suppress(OSError):
+                log.unlink()
+        os._exit(status)

@@ -1,0 +1,718 @@
+"""The client side: what the command line and the Python API call.
+
+An image is served or at rest.  ``open_session`` hides which: if a server answers for the image, it
+carries out the command; else the volume is opened here, after its journal was replayed if it must be.
+The rest starts and ends servers: ``attach``, ``detach``, ``mount``, ``umount``, ``run`` and ``check``.
+
+Whatever is started here is ended here, also on errors and Ctrl-C: a server whose keeper hangs up ends
+with its last user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from extsnap.errors import (
+    ExtsnapError,
+    NeedsRecovery,
+    ServerError,
+    SnapshotNotFound,
+    ToolError,
+    VolumeBusy,
+)
+from extsnap.serve import control, mounting, tools
+from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
+from extsnap.serve.control import ControlClient
+from extsnap.serve.server import Server, ServerConfig, spawn
+
+FACTORY = DEFAULT_FACTORY
+"""Name of what opens a volume; tests serve volumes of their own."""
+
+_FSCK_REPAIRED_MAX = 3  # exit statuses below 4: nothing was wrong, or everything is repaired
+_FSCK_FRAME = ("Pass ", "e2fsck ", "********** WARNING: Filesystem still has errors")
+_CLOSE_PATIENCE = 10.0
+_MAX_COMPLAINTS = 20
+
+
+class Session:
+    """One way to give a volume commands, served or at rest.  A context manager.
+
+    Paths in the arguments of a verb must be absolute: a server has a working directory of its own.
+    """
+
+    def __init__(self, image: str, *, client: ControlClient | None, volume: EngineVolume | None) -> None:
+        self.image = image
+        self._client = client
+        self._volume = volume
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up, or close the volume."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+        volume, self._volume = self._volume, None
+        if volume is not None:
+            volume.close()
+
+    def call(self, verb: str, /, **arguments: Any) -> dict[str, Any]:
+        """Carry out one verb; returns the same object as the command's ``--json``.
+
+        ``info`` gets its ``attached`` here: only this side knows.
+        """
+        if self._client is not None:
+            result = self._client.call(verb, **arguments)
+        elif self._volume is not None:
+            result = self._volume.verb(verb, **arguments)
+        else:
+            raise ValueError("the session is closed")
+        if verb == "info":
+            result["attached"] = self.served
+        return result
+
+    @property
+    def served(self) -> dict[str, Any] | None:
+        """``{"pid", "directory", "mounts"}`` of the server, or None at rest."""
+        if self._client is None:
+            return None
+        hello = self._client.call("server.hello")
+        points = [mount.point for mount in mounting.mounts_over(hello["directory"])]
+        return {"pid": hello["pid"], "directory": hello["directory"], "mounts": points}
+
+    @property
+    def volume(self) -> EngineVolume | None:
+        """The open volume of an image at rest, or None if a server has it."""
+        return self._volume
+
+
+def open_session(image: str, *, writable: bool) -> Session:
+    """Open an image for commands.
+
+    Args:
+        image: Path of the image.
+        writable: Whether a command may change it.  An image that carries the dirty mark is recovered first.
+
+    Raises:
+        ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help.
+    """
+    factory = load_factory(FACTORY)
+    attempts = 4
+    while True:
+        attempts -= 1
+        served = control.connect(control.image_key(image))
+        if served is not None:
+            return Session(image, client=served[0], volume=None)
+        try:
+            volume = factory(image, writable=writable)
+        except VolumeBusy:
+            # A server that is just starting or ending has the lock, but no socket.
+            if not attempts:
+                raise
+            time.sleep(0.1)
+            continue
+        if not writable or not volume.needs_replay:
+            return Session(image, client=None, volume=volume)
+        volume.close()
+        if not attempts:
+            raise _unrecoverable(image)
+        _recover(image)
+
+
+# ---- starting and ending servers
+
+
+def _config(image: str, directory: str, **options: Any) -> ServerConfig:
+    return ServerConfig(image=os.path.realpath(image), directory=directory, factory=FACTORY, **options)
+
+
+def _refuse_served(image: str) -> None:
+    served = control.connect(control.image_key(image))
+    if served is not None:
+        client, hello = served
+        client.close()
+        raise VolumeBusy(
+            f"{image} is already served at {hello['directory']} (pid {hello['pid']})",
+            hint=f"use it there, or run extsnap detach {image}",
+        )
+
+
+class _Private:
+    """A server of our own in a private directory, and the keeper that holds it."""
+
+    def __init__(self, image: str, **options: Any) -> None:
+        self.image = image
+        self.directory = tempfile.mkdtemp(prefix="serve-", dir=control.runtime_directory())
+        try:
+            self.keeper, self.hello = spawn(_config(image, self.directory, private=True, auto_end=True, **options))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.directory)
+            raise
+        self._pidfd = _pidfd(self.hello["pid"])
+
+    def file(self, name: str = "volume") -> str:
+        """Path of a served file."""
+        return os.path.join(self.directory, name)
+
+    def let_go(self) -> None:
+        """Hang up: the server ends by itself with its last user."""
+        self.keeper.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def abandon(self) -> None:
+        """Hang up and wait for the end, if nobody uses the files; for the way out of an error."""
+        self.keeper.close()
+        _wait_gone(self._pidfd, _CLOSE_PATIENCE)
+        self.let_go()
+
+    def end(self) -> bool:
+        """End it; returns whether the volume was left clean.
+
+        Raises:
+            VolumeBusy: Somebody still has a file open; the server ends when they close it.
+            ExtsnapError, OSError: Not everything could be made durable.
+        """
+        try:
+            result = self.keeper.call("server.detach", patience=_CLOSE_PATIENCE)
+            _wait_gone(self._pidfd, _CLOSE_PATIENCE)
+            return bool(result.get("clean", True))
+        except VolumeBusy as busy:
+            raise VolumeBusy(busy.message, hint="it stays served until they are done") from busy
+        finally:
+            self.let_go()
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _wait_gone(pidfd: int | None, seconds: float | None) -> bool:
+    """Wait for a process to end; returns whether it did."""
+    if pidfd is None:
+        return True
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else int(seconds * 1000)))
+
+
+def _unrecoverable(image: str, detail: str = "") -> NeedsRecovery:
+    return NeedsRecovery(
+        f"{image}: e2fsck -p could not recover the filesystem" + (f": {detail}" if detail else ""),
+        hint=f"run extsnap run {image} -- e2fsck -fy {{}}",
+    )
+
+
+def _replay(image: str, keeper: ControlClient, directory: str) -> None:
+    """Replay the journal of a marked volume through its server, and have the mark taken off.
+
+    Raises:
+        NeedsRecovery: Stock e2fsck wants decisions.
+    """
+    done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
+    if not 0 <= done.returncode <= _FSCK_REPAIRED_MAX:
+        raise _unrecoverable(image, tools.last_line(done))
+    if not keeper.call("server.recovered").get("clean"):
+        raise _unrecoverable(image)
+
+
+def _recover(image: str) -> None:
+    """Make a marked image whole again, with a server of our own that serves nobody else."""
+    server = _Private(image, lazy=True)
+    try:
+        if server.hello["needs_replay"]:
+            _replay(image, server.keeper, server.directory)
+    except BaseException:
+        server.abandon()
+        raise
+    server.end()
+
+
+# ---- attach and detach
+
+
+def attach(image: str, directory: str, *, foreground: bool = False) -> None:
+    """Serve ``DIR/volume`` and ``DIR/snapshots/NAME``; returns when they are there.
+
+    Args:
+        image: Path of the image.
+        directory: An existing directory.
+        foreground: Serve in this process until the end instead (replaying a journal first, if needed).
+
+    Raises:
+        VolumeBusy: The image is served already.
+        ServerError: FUSE cannot be used here, or the directory cannot.
+        ExtsnapError, OSError: As opening a volume does.
+    """
+    _refuse_served(image)
+    path = mounting.require_directory(directory)
+    if foreground:
+        with open_session(image, writable=True) as session:  # replays
+            if session.volume is None:
+                raise VolumeBusy(f"{image} is already served")
+        server = Server(_config(image, path))
+        server.start()
+        server.serve()
+        if not server.clean:
+            raise ServerError(f"{image} was not left clean", hint="the next extsnap command that writes recovers it")
+        return
+    keeper, hello = spawn(_config(image, path))
+    with keeper:
+        if hello["needs_replay"]:
+            pidfd = _pidfd(hello["pid"])
+            try:
+                _replay(image, keeper, path)
+            except BaseException:
+                keeper.close()  # before it has recovered: the server ends
+                _wait_gone(pidfd, _CLOSE_PATIENCE)
+                raise
+            finally:
+                if pidfd is not None:
+                    os.close(pidfd)
+
+
+def _image_of(image_or_directory: str) -> str:
+    path = os.path.realpath(image_or_directory)
+    found = mounting.fuse_mount_at(path)
+    return found.source if found is not None else image_or_directory
+
+
+def detach(image_or_directory: str, *, force: bool = False) -> bool:
+    """Stop serving; returns once everything is durable, with whether the volume was left clean.
+
+    Args:
+        image_or_directory: Either.
+        force: Also if files are open: their users get errors.
+
+    Raises:
+        VolumeBusy: Somebody has a file open; names the mounts and processes.
+        ServerError: Nothing is served there.
+    """
+    image = _image_of(image_or_directory)
+    dead = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
+    try:
+        served = control.connect(control.image_key(image))
+    except FileNotFoundError:
+        if dead is None:
+            raise
+        served = None  # the image itself was deleted under a server that is gone
+    if served is None:
+        found = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
+        if dead is None:
+            raise ServerError(f"{image_or_directory} is not served", hint="extsnap attach serves it")
+        if found is not None and _is_dead(found.point):
+            mounting.fuse_abort(found.point)
+        elif found is not None:  # a server without a socket: it ends when it is unmounted
+            mounting.unmount(found.point)
+            return True
+        return False
+    client, hello = served
+    pidfd = _pidfd(hello["pid"])
+    try:
+        with client:
+            result = client.call("server.detach", force=force)
+        _wait_gone(pidfd, _CLOSE_PATIENCE)
+        return bool(result.get("clean", True))
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _is_dead(directory: str) -> bool:
+    """Whether the server of a FUSE directory is gone (asking one that lives is harmless)."""
+    try:
+        os.stat(directory)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+# ---- mount and umount
+
+
+def mount(image: str, directory: str, *, snapshot: str | None = None) -> None:
+    """Mount the base volume, or read-only a snapshot.  The server, if one had to be started, ends with it.
+
+    Raises:
+        SnapshotNotFound: No such snapshot.
+        ToolError: What mount(8) or fuse2fs said.
+        ExtsnapError, OSError: As ``attach`` does.
+    """
+    target = mounting.require_directory(directory)
+    if os.geteuid() == 0:
+        tools.find("mount")
+    else:
+        tools.find("fuse2fs")
+    name = "volume" if snapshot is None else f"snapshots/{snapshot}"
+    served = control.connect(control.image_key(image))
+    if served is not None:
+        client, hello = served
+        # Hold the connection: it is also the sign that the server was there before and stays.
+        with client:
+            _mount_from(hello["directory"], name, target, snapshot)
+        return
+    server = _start_for(image, lazy=snapshot is not None)
+    try:
+        if server.hello["needs_replay"]:
+            _replay(image, server.keeper, server.directory)
+        _mount_from(server.directory, name, target, snapshot)
+    except BaseException:
+        server.abandon()
+        raise
+    server.let_go()
+
+
+def _start_for(image: str, *, lazy: bool) -> _Private:
+    """A server for a mount; a snapshot of an image that we may not write is served all the same."""
+    try:
+        return _Private(image, lazy=lazy)
+    except OSError as error:
+        if isinstance(error, ExtsnapError) or not lazy or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return _Private(image, writable=False)
+
+
+def _mount_from(served: str, name: str, target: str, snapshot: str | None) -> None:
+    file = os.path.join(served, name)
+    if not os.path.exists(file):
+        if snapshot is not None:
+            raise SnapshotNotFound(f"no snapshot {snapshot}", hint="extsnap list shows them")
+        raise ServerError(f"{file} is not there: the server has ended")
+    mounting.mount_file(file, target, read_only=snapshot is not None)
+
+
+def umount(directory: str) -> None:
+    """Unmount what ``mount`` mounted; returns once its server has ended and everything is durable.
+
+    Raises:
+        VolumeBusy: Somebody uses the mount; names who.
+        ServerError: Nothing of extsnap is mounted there, or not everything could be made durable.
+    """
+    path = os.path.realpath(directory)
+    found = mounting.mount_at(path)
+    if found is None:
+        raise ServerError(f"nothing is mounted at {directory}")
+    if found.fstype == mounting.FSTYPE:
+        raise ServerError(f"{directory} is where {found.source} is served", hint=f"run extsnap detach {directory}")
+    backing = next((loop.backing for loop in mounting.loops() if loop.device == found.device), found.source)
+    fuse = next(
+        (
+            mount
+            for mount in reversed(mounting.mounts())
+            if mount.fstype == mounting.FSTYPE and backing.startswith(mount.point.rstrip("/") + "/")
+        ),
+        None,
+    )
+    if fuse is None:
+        raise ServerError(f"{directory} was not mounted by extsnap", hint=f"run umount {directory}")
+    try:
+        served = control.connect(control.image_key(fuse.source))
+    except FileNotFoundError:
+        served = None
+    if served is None:
+        # A read-only server has no socket, and a dead one nothing to wait for.
+        dead = _is_dead(fuse.point)
+        mounting.unmount(path)
+        if dead:
+            mounting.fuse_abort(fuse.point)
+            with contextlib.suppress(OSError):
+                os.rmdir(fuse.point)
+            raise ServerError(
+                f"the server of {fuse.source} had ended before the unmount",
+                hint="the next extsnap command that writes recovers the volume",
+            )
+        return
+    client, hello = served
+    pidfd = _pidfd(hello["pid"])
+    try:
+        with client:
+            mounting.unmount(path)
+            file = backing.removesuffix(" (deleted)")[len(fuse.point.rstrip("/")) + 1 :]
+            try:
+                result = client.call("server.settle", file=file, seconds=_CLOSE_PATIENCE)
+            except control.ServerGone:
+                # It may have ended before it read the question: its log tells how.
+                result = {"ended": True, "clean": not _complaint(fuse.source)}
+        if not result.get("ended"):
+            return
+        _wait_gone(pidfd, _CLOSE_PATIENCE)
+        if not result.get("clean", True):
+            raise ServerError(
+                f"{fuse.source} was not left clean{_complaint(fuse.source)}",
+                hint="the next extsnap command that writes recovers it",
+            )
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _complaint(image: str) -> str:
+    """The last line of a server's log as the end of a sentence; empty if it logged nothing (it removes its log)."""
+    try:
+        lines = control.log_path(control.image_key(image)).read_text(errors="replace").strip().splitlines()
+    except (OSError, ExtsnapError):
+        return ""
+    return f": {lines[-1]}" if lines else ""
+
+
+# ---- run
+
+
+def run(image: str, command: Sequence[str], *, atomic: bool = False, ok: Collection[int] = frozenset({0})) -> int:
+    """Serve the image while a command runs.
+
+    Args:
+        image: Path of the image.
+        command: The command; ``{}`` in an argument becomes the path of the served volume.
+        atomic: Take a snapshot first, restore it if the command fails, delete it in both cases.
+        ok: The exit statuses that are no failure.
+
+    Returns:
+        The command's exit status; 126 if it cannot be executed, 127 if it is not found, 128+N if signal N
+        ended it.
+
+    Raises:
+        ExtsnapError, OSError: A failure of our own (the command line exits with 125).
+    """
+    if not command:
+        raise ServerError("no command to run")
+    served = control.connect(control.image_key(image))
+    if served is not None:
+        client, hello = served
+        with client:
+            return _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
+    server = _Private(image)
+    try:
+        if server.hello["needs_replay"]:
+            try:
+                _replay(image, server.keeper, server.directory)
+            except NeedsRecovery as error:
+                if atomic:
+                    raise
+                # This command may be the repair.
+                tools.notice(f"{error.message}; running the command on the volume as it is")
+        status = _run_on(server.keeper, server.file(), command, atomic, ok)
+    except BaseException:
+        server.abandon()
+        raise
+    if not server.end():
+        tools.notice(f"{image} still needs recovery: the next extsnap command that writes tries again")
+    return status
+
+
+def _run_on(client: ControlClient, path: str, command: Sequence[str], atomic: bool, ok: Collection[int]) -> int:
+    snapshot = ""
+    if atomic:
+        snapshot = str(client.call("create", kind="atomic", patience=_CLOSE_PATIENCE)["name"])
+    ran, status = True, -1  # an error between here and the end of the command is a failed command
+    try:
+        status, ran = _execute([argument.replace("{}", path) for argument in command])
+    finally:
+        if snapshot:
+            if ran and status not in ok:
+                try:
+                    client.call("restore", name=snapshot, safety=False, patience=_CLOSE_PATIENCE)
+                except (ExtsnapError, OSError) as error:
+                    raise ServerError(
+                        f"the command ended with status {status}, and the volume could not be restored: {error}",
+                        hint=f"snapshot {snapshot} is kept: restore it",
+                    ) from error
+            client.call("delete", name=snapshot, patience=_CLOSE_PATIENCE)
+    return status
+
+
+def _execute(command: list[str]) -> tuple[int, bool]:
+    """Run a command like a shell does; returns its status, and whether it ran at all."""
+    with _signals_for_child() as started:
+        try:
+            child = subprocess.Popen(command)
+        except FileNotFoundError:
+            tools.notice(f"{command[0]}: command not found")
+            return 127, False
+        except OSError as error:
+            tools.notice(f"{command[0]}: {error.strerror}")
+            return 126, False
+        started.append(child)
+        status = child.wait()
+    return (status if status >= 0 else 128 - status), True
+
+
+@contextlib.contextmanager
+def _signals_for_child() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Ctrl-C reaches the command by itself: it ends, we clean up.  A SIGTERM to us is passed on."""
+    children: list[subprocess.Popen[bytes]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield children
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        """A handler, not SIG_IGN, which the command would inherit."""
+
+    old = {
+        signal.SIGINT: signal.signal(signal.SIGINT, leave),
+        signal.SIGQUIT: signal.signal(signal.SIGQUIT, leave),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, pass_on),
+    }
+    try:
+        yield children
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# ---- check
+
+
+def check(image: str, names: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
+    """Check the store, the base volume and the views; changes nothing.
+
+    Args:
+        image: Path of the image.
+        names: The snapshots to check, or all.
+        quick: Without e2fsck on the views.
+
+    Returns:
+        The object of ``check --json``.  ``e2fsck`` is None where it was not run: for views with ``quick``, and
+        for a mounted base volume (whose ``ok`` is then None, with a ``skipped`` that says why).
+
+    Raises:
+        SnapshotNotFound: A name that is none.
+        NeedsRecovery: The image carries the dirty mark and nobody serves it.
+    """
+    key = control.image_key(image)
+    served = control.connect(key)
+    if served is not None:
+        client, hello = served
+        with client:
+            report = _selected(client.call("check"), names)
+            volume = os.path.join(hello["directory"], "volume")
+            users = mounting.users_of(volume)
+            base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
+            return _report(report, base, None if quick else hello["directory"])
+    with load_factory(FACTORY)(image, writable=False) as at_rest:
+        if at_rest.needs_replay:
+            raise NeedsRecovery(
+                f"{image} was not closed cleanly and must be recovered before it can be checked",
+                hint=f"any command that writes does it: extsnap run {image} -- true",
+            )
+        report = _selected(at_rest.verb("check"), names)
+        offset = int(at_rest.verb("info").get("offset") or 0)
+    if (quick or not report["snapshots"]) and not offset:
+        return _report(report, _check_base(image), None)
+    server = _Private(image, writable=False)
+    try:
+        # A partition can only be seen as a volume through its server.
+        base = _check_base(server.file() if offset else image)
+        done = _report(report, base, None if quick else server.directory)
+    except BaseException:
+        server.abandon()
+        raise
+    server.end()
+    return done
+
+
+def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The store's own findings, for the named snapshots only."""
+    snapshots = {str(found["name"]): list(found.get("errors", [])) for found in report.get("snapshots", [])}
+    for name in names:
+        if name not in snapshots:
+            raise SnapshotNotFound(f"no snapshot {name}", hint="extsnap list shows them")
+    wanted = {name: snapshots[name] for name in names} if names else snapshots
+    return {"store": report["store"], "snapshots": wanted}
+
+
+def _report(report: dict[str, Any], base: dict[str, Any], directory: str | None) -> dict[str, Any]:
+    entries = []
+    for name, errors in report["snapshots"].items():
+        status: int | None = None
+        if directory is not None:
+            status, complaints = _check_view(os.path.join(directory, "snapshots", name))
+            errors = errors + complaints
+        entries.append({"name": name, "e2fsck": status, "ok": not errors, "errors": errors})
+    store = {"ok": bool(report["store"]["ok"]), "errors": list(report["store"].get("errors", []))}
+    fine = store["ok"] and base["ok"] is not False and all(entry["ok"] for entry in entries)
+    return {"version": 1, "ok": bool(fine), "base": base, "snapshots": entries, "store": store}
+
+
+def _fsck(path: str) -> tuple[int, list[str]]:
+    """Run ``e2fsck -fn``; returns its status and what it found wrong."""
+    done = tools.run("e2fsck", "-fn", path, ok=None)
+    if done.returncode == 0:
+        return 0, []
+    lines = [line.strip().removeprefix(f"{path}: ") for line in (done.stdout + done.stderr).splitlines()]
+    complaints = [
+        line for line in lines if line and not line.startswith(_FSCK_FRAME) and "% non-contiguous" not in line
+    ]
+    if len(complaints) > _MAX_COMPLAINTS:
+        complaints = [*complaints[:_MAX_COMPLAINTS], f"and {len(complaints) - _MAX_COMPLAINTS} more lines"]
+    return done.returncode, complaints or [f"e2fsck ended with status {done.returncode}"]
+
+
+def _check_base(path: str) -> dict[str, Any]:
+    status, complaints = _fsck(path)
+    base: dict[str, Any] = {"e2fsck": status, "ok": status == 0}
+    if complaints:
+        base["errors"] = complaints
+    return base
+
+
+def _check_view(path: str) -> tuple[int, list[str]]:
+    """Check a view; what the moment left to be done (orphans, a journal to replay) is no damage.
+
+    A snapshot of a mounted volume has files that were unlinked but open, and one without a freeze a
+    journal.  ``e2fsck -fn`` does neither and complains.  So when it does and there is such work, the
+    view's metadata goes into a scratch image, e2fsck does the work there, and must then be satisfied.
+    """
+    status, complaints = _fsck(path)
+    if status == 0 or not _has_work_left(path):
+        return status, complaints
+    with tempfile.TemporaryDirectory(prefix="extsnap-check-") as scratch:
+        copy = os.path.join(scratch, "metadata")
+        try:
+            tools.run("e2image", "-r", path, copy)
+        except ToolError as error:
+            return status, [*complaints, f"could not be looked at more closely: {error.message}"]
+        preened = tools.run("e2fsck", "-p", copy, ok=None)
+        if 0 <= preened.returncode <= _FSCK_REPAIRED_MAX:
+            again, remaining = _fsck(copy)
+            return again, remaining
+    return status, complaints
+
+
+def _has_work_left(path: str) -> bool:
+    """Whether a filesystem's superblock announces orphans or a journal to replay."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            raw = os.pread(file.fileno(), 1024, 1024)
+    except OSError:
+        return False
+    if len(raw) < 1024 or raw[0x38:0x3A] != b"\x53\xef":
+        return False
+    incompat, ro_compat = int.from_bytes(raw[0x60:0x64], "little"), int.from_bytes(raw[0x64:0x68], "little")
+    last_orphan = int.from_bytes(raw[0xE8:0xEC], "little")
+    return bool(incompat & 0x4 or ro_compat & 0x10000 or last_orphan)

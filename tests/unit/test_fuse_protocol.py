@@ -1,0 +1,406 @@
+"""The FUSE protocol without a kernel: this file plays the kernel on the other end of a socket pair."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
+from extsnap.serve import fuse
+from extsnap.serve.fuse import FuseFiles, Unmounted
+
+SIZE = 1 << 20
+
+
+class View:
+    def __init__(self, data: bytes, number: int) -> None:
+        self.data, self.id, self.size, self.closed = data, number, len(data), False
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        if self.data[:6] == b"broken":
+            raise DamagedCopy("a copy is damaged")
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+@dataclass
+class Volume:
+    data: bytearray = field(default_factory=lambda: bytearray(SIZE))
+    views: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    opened: list[View] = field(default_factory=list)
+    flushes: int = 0
+    flush_error: Exception | None = None
+    error: Exception | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        if self.error:
+            raise self.error
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if self.error:
+            raise self.error
+        self.data[offset : offset + len(data)] = data
+
+    def punch(self, offset: int, length: int) -> None:
+        self.data[offset : offset + length] = bytes(length)
+
+    def flush(self) -> None:
+        self.flushes += 1
+        if self.flush_error:
+            raise self.flush_error
+
+    def snapshot_names(self) -> list[str]:
+        return list(self.views)
+
+    def open_view(self, name: str) -> View:
+        number, data = self.views[name]
+        self.opened.append(View(data, number))
+        return self.opened[-1]
+
+
+class Kernel:
+    """Sends requests and reads answers."""
+
+    def __init__(self, volume: Volume, **options: object) -> None:
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.theirs.setblocking(False)
+        self.ours.settimeout(5)
+        self.log: list[str] = []
+        self.volume = volume
+        self.files = FuseFiles(self.theirs.fileno(), volume, log=self.log.append, max_write=1 << 16, **options)
+        self.unique = 0
+
+    def raw(self, packet: bytes) -> None:
+        self.ours.send(packet)
+        assert self.files.serve_one()
+
+    def packet(self, opcode: int, node: int, body: bytes = b"", length: int | None = None) -> bytes:
+        self.unique += 2
+        size = fuse.IN_HEADER.size + len(body) if length is None else length
+        return fuse.IN_HEADER.pack(size, opcode, self.unique, node, 0, 0, 4711, 0, 0) + body
+
+    def answer(self) -> tuple[int, bytes]:
+        reply = self.ours.recv(1 << 18)
+        length, error, unique = fuse.OUT_HEADER.unpack_from(reply)
+        assert length == len(reply)
+        assert unique == self.unique
+        return -error, reply[fuse.OUT_HEADER.size :]
+
+    def ask(self, opcode: int, node: int, body: bytes = b"") -> tuple[int, bytes]:
+        self.raw(self.packet(opcode, node, body))
+        return self.answer()
+
+    def good(self, opcode: int, node: int, body: bytes = b"") -> bytes:
+        code, payload = self.ask(opcode, node, body)
+        assert code == 0, os.strerror(code)
+        return payload
+
+    def silent(self) -> bool:
+        self.ours.setblocking(False)
+        try:
+            self.ours.recv(1)
+        except BlockingIOError:
+            return True
+        finally:
+            self.ours.settimeout(5)
+        return False
+
+    # shorthands
+
+    def lookup(self, parent: int, name: str) -> tuple[int, int]:
+        """(node, size)"""
+        payload = self.good(fuse.LOOKUP, parent, name.encode() + b"\0")
+        assert len(payload) == 128
+        node, _, entry_valid, attr_valid, _, _ = fuse.ENTRY_OUT.unpack_from(payload)
+        assert entry_valid == attr_valid == 0
+        return node, fuse.ATTR.unpack_from(payload, fuse.ENTRY_OUT.size)[1]
+
+    def open(self, node: int, flags: int = os.O_RDONLY) -> tuple[int, int]:
+        """(errno, open flags)"""
+        code, payload = self.ask(fuse.OPEN, node, fuse.OPEN_IN.pack(flags, 0))
+        return code, fuse.OPEN_OUT.unpack(payload)[1] if not code else 0
+
+    def release(self, node: int, flags: int = os.O_RDONLY) -> int:
+        return self.ask(fuse.RELEASE, node, fuse.RELEASE_IN.pack(0, flags, 0, 0))[0]
+
+    def write(self, node: int, offset: int, data: bytes) -> tuple[int, int]:
+        """(errno, bytes written)"""
+        code, payload = self.ask(fuse.WRITE, node, fuse.IO_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data)
+        return code, fuse.WRITE_OUT.unpack(payload)[0] if not code else 0
+
+    def read(self, node: int, offset: int, size: int) -> tuple[int, bytes]:
+        return self.ask(fuse.READ, node, fuse.IO_IN.pack(0, offset, size, 0, 0, 0, 0))
+
+
+@pytest.fixture
+def volume() -> Volume:
+    return Volume(views={"one": (1, b"1" * 8192), "zwei ü": (2, b"2" * 4096)})
+
+
+@pytest.fixture
+def kernel(volume: Volume) -> Iterator[Kernel]:
+    kernel = Kernel(volume)
+    yield kernel
+    kernel.files.close()
+    kernel.ours.close()
+    kernel.theirs.close()
+
+
+def test_structure_sizes_are_those_of_the_kernel_header() -> None:
+    sizes = {
+        fuse.IN_HEADER: 40, fuse.OUT_HEADER: 16, fuse.INIT_OUT: 64, fuse.ATTR: 88, fuse.ENTRY_OUT: 40,
+        fuse.ATTR_OUT: 16, fuse.SETATTR_IN: 88, fuse.OPEN_OUT: 16, fuse.IO_IN: 40, fuse.WRITE_OUT: 8,
+        fuse.RELEASE_IN: 24, fuse.FALLOCATE_IN: 32, fuse.STATFS_OUT: 80, fuse.DIRENT: 24,
+    }  # fmt: skip
+    assert {structure.format: structure.size for structure in sizes} == {
+        structure.format: size for structure, size in sizes.items()
+    }
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+def test_init_negotiates_large_requests(volume: Volume, writeback: bool) -> None:
+    kernel = Kernel(volume, writeback_cache=writeback)
+    payload = kernel.good(fuse.INIT, 0, fuse.INIT_IN.pack(7, 45, 1 << 17, 0xFFFFFFFF) + bytes(48))
+    fields = fuse.INIT_OUT.unpack(payload)
+    major, minor, readahead, flags = fields[:4]
+    assert (major, minor, readahead) == (7, 31, 1 << 16)
+    assert flags & fuse.BIG_WRITES
+    assert flags & fuse.MAX_PAGES
+    assert bool(flags & fuse.WRITEBACK_CACHE) is writeback
+    assert fields[6] == 1 << 16
+    assert fields[8] == (1 << 16) // os.sysconf("SC_PAGESIZE")
+    kernel.ours.close()
+    kernel.theirs.close()
+
+
+def test_init_refuses_an_old_kernel(kernel: Kernel) -> None:
+    assert kernel.ask(fuse.INIT, 0, fuse.INIT_IN.pack(7, 19, 0, 0))[0] == errno.EPROTO
+    assert "7.19" in kernel.log[0]
+
+
+def test_write_read_fsync_and_close(kernel: Kernel, volume: Volume) -> None:
+    node, size = kernel.lookup(fuse.ROOT_NODE, "volume")
+    assert size == SIZE
+    assert kernel.open(node, os.O_RDWR) == (0, 0)
+    assert (kernel.files.volume_opens, kernel.files.volume_write_opens) == (1, 1)
+    assert kernel.write(node, 12345, b"abc" * 1000) == (0, 3000)
+    assert kernel.read(node, 12345, 3000) == (0, b"abc" * 1000)
+    assert bytes(volume.data[12345:15345]) == b"abc" * 1000
+    assert kernel.good(fuse.FSYNC, node, struct.pack("=QII", 0, 0, 0)) == b""
+    assert volume.flushes == 1
+    kernel.good(fuse.FLUSH, node, struct.pack("=QIIQ", 0, 0, 0, 0))
+    assert volume.flushes == 1, "nothing was written since"
+    kernel.write(node, 0, b"x")
+    kernel.good(fuse.FLUSH, node, struct.pack("=QIIQ", 0, 0, 0, 0))
+    assert volume.flushes == 2, "closing is a barrier"
+    assert kernel.release(node, os.O_RDWR) == 0
+    assert kernel.files.total_opens == 0
+    assert kernel.files.last_pid == 4711
+
+
+def test_reads_and_writes_at_the_end(kernel: Kernel) -> None:
+    assert kernel.read(fuse.VOLUME_NODE, SIZE - 10, 4096) == (0, bytes(10))
+    assert kernel.read(fuse.VOLUME_NODE, SIZE, 4096) == (0, b"")
+    assert kernel.read(fuse.VOLUME_NODE, SIZE + 5000, 4096) == (0, b"")
+    assert kernel.write(fuse.VOLUME_NODE, SIZE - 2, b"abcd") == (0, 2)
+    assert kernel.write(fuse.VOLUME_NODE, SIZE, b"a") == (errno.EFBIG, 0)
+
+
+def test_a_release_that_cannot_flush_is_remembered(kernel: Kernel, volume: Volume) -> None:
+    kernel.open(fuse.VOLUME_NODE, os.O_WRONLY)
+    kernel.write(fuse.VOLUME_NODE, 0, b"x")
+    volume.flush_error = VolumeFull("full")
+    assert kernel.release(fuse.VOLUME_NODE, os.O_WRONLY) == errno.ENOSPC
+    assert kernel.files.failure is volume.flush_error
+    assert kernel.files.volume_opens == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StoreProtected("no"), errno.EIO),
+        (VolumeFull("full"), errno.ENOSPC),
+        (OSError(errno.EDQUOT, "quota"), errno.EDQUOT),
+        (ZeroDivisionError("bug"), errno.EIO),
+    ],
+)
+def test_errors_become_errnos_and_a_line_in_the_log(
+    kernel: Kernel, volume: Volume, error: Exception, code: int
+) -> None:
+    volume.error = error
+    assert kernel.write(fuse.VOLUME_NODE, 0, b"x")[0] == code
+    assert kernel.write(fuse.VOLUME_NODE, 0, b"x")[0] == code
+    assert len(kernel.log) == 1, "the same line is not repeated at once"
+    assert str(error) in kernel.log[0]
+    volume.error = None
+    assert kernel.write(fuse.VOLUME_NODE, 0, b"x") == (0, 1)
+
+
+def test_punch_hole_and_zero_range(kernel: Kernel, volume: Volume) -> None:
+    volume.data[:] = b"\xff" * SIZE
+
+    def fallocate(offset: int, length: int, mode: int) -> int:
+        return kernel.ask(fuse.FALLOCATE, fuse.VOLUME_NODE, fuse.FALLOCATE_IN.pack(0, offset, length, mode, 0))[0]
+
+    assert fallocate(4096, 8192, 3) == 0
+    assert fallocate(65536, 4096, 0x10) == 0
+    assert fallocate(SIZE - 4096, 8192, 0x11) == 0
+    assert volume.data.count(0) == 8192 + 4096 + 4096
+    assert fallocate(SIZE - 4096, 8192, 0x10) == errno.EFBIG
+    for mode in (0, 1, 2 | 0x08, 0x08, 0x20):
+        assert fallocate(0, 4096, mode) == errno.EOPNOTSUPP
+
+
+def test_size_mode_and_owner_stay(kernel: Kernel) -> None:
+    def setattr_(valid: int, size: int = 0, node: int = fuse.VOLUME_NODE) -> int:
+        return kernel.ask(fuse.SETATTR, node, fuse.SETATTR_IN.pack(valid, 0, 0, size, *[0] * 12))[0]
+
+    assert setattr_(fuse.FATTR_SIZE, SIZE) == 0
+    assert setattr_(fuse.FATTR_SIZE, 0) == errno.EPERM
+    assert setattr_(fuse.FATTR_SIZE, SIZE * 2) == errno.EOPNOTSUPP
+    assert setattr_(fuse.FATTR_MODE) == errno.EPERM
+    assert setattr_(1 << 7) == 0, "touch"
+    assert setattr_(1 << 7, node=fuse.ROOT_NODE) == errno.EROFS
+
+
+def test_snapshots_are_read_only_files(kernel: Kernel, volume: Volume) -> None:
+    node, size = kernel.lookup(fuse.SNAPSHOTS_NODE, "zwei ü")
+    assert size == 4096
+    assert kernel.open(node, os.O_RDWR)[0] == errno.EROFS
+    assert kernel.open(node) == (0, fuse.FOPEN_KEEP_CACHE)
+    assert kernel.open(node) == (0, fuse.FOPEN_KEEP_CACHE)
+    assert kernel.files.open_views() == ["zwei ü"]
+    assert kernel.files.opens_of("snapshots/zwei ü") == 2
+    assert kernel.read(node, 4000, 4096) == (0, b"2" * 96)
+    assert kernel.write(node, 0, b"x")[0] == errno.EBADF
+    kernel.release(node)
+    assert kernel.read(node, 0, 1) == (0, b"2")
+    kernel.release(node)
+    assert kernel.files.open_views() == []
+    assert all(view.closed for view in volume.opened)
+    assert kernel.ask(fuse.LOOKUP, fuse.SNAPSHOTS_NODE, b"none\0")[0] == errno.ENOENT
+    assert kernel.ask(fuse.LOOKUP, fuse.SNAPSHOTS_NODE, b"\xff\xfe\0")[0] == errno.ENOENT
+    assert kernel.ask(fuse.LOOKUP, fuse.ROOT_NODE, b"other\0")[0] == errno.ENOENT
+
+
+def test_a_name_used_again_is_another_node(kernel: Kernel, volume: Volume) -> None:
+    old, _ = kernel.lookup(fuse.SNAPSHOTS_NODE, "one")
+    del volume.views["one"]
+    assert kernel.ask(fuse.LOOKUP, fuse.SNAPSHOTS_NODE, b"one\0")[0] == errno.ENOENT
+    volume.views["one"] = (7, b"7" * 100)
+    kernel.files.snapshots_changed()
+    new, size = kernel.lookup(fuse.SNAPSHOTS_NODE, "one")
+    assert new != old
+    assert size == 100
+    assert kernel.open(old)[0] == errno.ESTALE
+    kernel.open(new)
+    assert kernel.read(new, 0, 100) == (0, b"7" * 100)
+
+
+def test_damaged_copies_fail_the_read(kernel: Kernel, volume: Volume) -> None:
+    volume.views["bad"] = (9, b"broken" + bytes(4090))
+    node, _ = kernel.lookup(fuse.SNAPSHOTS_NODE, "bad")
+    kernel.open(node)
+    assert kernel.read(node, 0, 4096)[0] == errno.EIO
+    assert "damaged" in kernel.log[0]
+
+
+def test_forgotten_nodes_are_dropped(kernel: Kernel) -> None:
+    node, _ = kernel.lookup(fuse.SNAPSHOTS_NODE, "one")
+    kernel.lookup(fuse.SNAPSHOTS_NODE, "one")
+    kernel.raw(kernel.packet(fuse.FORGET, node, fuse.FORGET_IN.pack(1)))
+    kernel.good(fuse.GETATTR, node, bytes(16))
+    batch = struct.pack("=II", 2, 0) + fuse.FORGET_ONE.pack(99, 1) + fuse.FORGET_ONE.pack(node, 1)
+    kernel.raw(kernel.packet(fuse.BATCH_FORGET, 0, batch))
+    assert kernel.ask(fuse.GETATTR, node, bytes(16))[0] == errno.ESTALE
+
+
+def test_listing(kernel: Kernel, volume: Volume) -> None:
+    volume.views = {f"snapshot-{index:04}": (index, b"") for index in range(1000)}
+    handle = fuse.OPEN_OUT.unpack(kernel.good(fuse.OPENDIR, fuse.SNAPSHOTS_NODE, bytes(8)))[0]
+    names: list[str] = []
+    offset = 0
+    while True:
+        payload = kernel.good(fuse.READDIR, fuse.SNAPSHOTS_NODE, fuse.IO_IN.pack(handle, offset, 4096, 0, 0, 0, 0))
+        if not payload:
+            break
+        assert len(payload) <= 4096
+        while payload:
+            _, offset, length, _ = fuse.DIRENT.unpack_from(payload)
+            names.append(payload[24 : 24 + length].decode())
+            payload = payload[24 + -(-length // 8) * 8 :]
+    assert names == [".", "..", *volume.views]
+    kernel.good(fuse.RELEASEDIR, fuse.SNAPSHOTS_NODE, fuse.RELEASE_IN.pack(handle, 0, 0, 0))
+    again = kernel.ask(fuse.READDIR, fuse.SNAPSHOTS_NODE, fuse.IO_IN.pack(handle, 0, 4096, 0, 0, 0, 0))
+    assert again[0] == errno.EBADF
+    assert kernel.ask(fuse.OPENDIR, fuse.VOLUME_NODE, bytes(8))[0] == errno.ENOTDIR
+
+
+def test_read_only_volume(volume: Volume) -> None:
+    kernel = Kernel(volume, writable=False)
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == errno.EROFS
+    assert kernel.open(fuse.VOLUME_NODE)[0] == 0
+    assert kernel.write(fuse.VOLUME_NODE, 0, b"x")[0] == errno.EROFS
+    fallocate = fuse.FALLOCATE_IN.pack(0, 0, 4096, 3, 0)
+    assert kernel.ask(fuse.FALLOCATE, fuse.VOLUME_NODE, fallocate)[0] == errno.EROFS
+    kernel.ours.close()
+    kernel.theirs.close()
+
+
+def test_before_write_may_refuse(volume: Volume) -> None:
+    def refuse() -> None:
+        raise VolumeFull("no room to serve")
+
+    kernel = Kernel(volume, before_write=refuse)
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == errno.ENOSPC
+    assert kernel.files.total_opens == 0
+    assert kernel.open(fuse.VOLUME_NODE)[0] == 0
+    kernel.ours.close()
+    kernel.theirs.close()
+
+
+def test_unknown_requests_are_refused_for_good(kernel: Kernel) -> None:
+    for opcode in (fuse.LSEEK, 22, 39, 44, 47, fuse.INTERRUPT, 9999):
+        assert kernel.ask(opcode, fuse.VOLUME_NODE, bytes(64))[0] == errno.ENOSYS
+    for opcode in (fuse.CREATE, fuse.MKDIR, fuse.UNLINK, fuse.RENAME):
+        assert kernel.ask(opcode, fuse.ROOT_NODE, bytes(64))[0] == errno.EPERM
+    assert len(kernel.good(fuse.STATFS, fuse.ROOT_NODE)) == 80
+
+
+def test_malformed_requests_never_end_the_others(kernel: Kernel) -> None:
+    kernel.raw(b"short")
+    assert kernel.silent()
+    kernel.raw(kernel.packet(fuse.GETATTR, fuse.ROOT_NODE, bytes(16), length=4711))
+    assert kernel.answer()[0] == errno.EINVAL
+    for opcode in (fuse.OPEN, fuse.READ, fuse.WRITE, fuse.SETATTR, fuse.FALLOCATE, fuse.READDIR, fuse.RELEASE):
+        assert kernel.ask(opcode, fuse.VOLUME_NODE)[0] == errno.EINVAL, opcode
+        assert kernel.ask(opcode, fuse.VOLUME_NODE, bytes(3))[0] == errno.EINVAL, opcode
+    assert kernel.ask(fuse.INIT, 0, b"x")[0] == errno.EINVAL
+    # a write whose data is not as long as it says
+    assert kernel.ask(fuse.WRITE, fuse.VOLUME_NODE, fuse.IO_IN.pack(0, 0, 100, 0, 0, 0, 0) + b"x")[0] == errno.EINVAL
+    kernel.raw(kernel.packet(fuse.FORGET, 16, b"x"))
+    kernel.raw(kernel.packet(fuse.BATCH_FORGET, 16, struct.pack("=II", 0xFFFFFFFF, 0)))
+    assert kernel.silent()
+    assert kernel.read(99, 0, 4096)[0] == errno.EBADF
+    assert kernel.read(fuse.VOLUME_NODE, 0, 10) == (0, bytes(10))
+
+
+def test_nothing_waiting_and_the_end(kernel: Kernel) -> None:
+    assert kernel.files.serve_one() is False
+    kernel.ours.close()
+    with pytest.raises(Unmounted):
+        kernel.files.serve_one()
