@@ -1,0 +1,105 @@
+"""The commands that look and change nothing: check, info, dump."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from extsnap.cli import output
+from extsnap.cli.failure import DAMAGE, about
+from extsnap.cli.options import Image, Json, Version, complete_snapshot
+from extsnap.cli.snapshots import call
+
+
+class Structure(StrEnum):
+    """What ``dump`` can show."""
+
+    header = "header"
+    log = "log"
+    records = "records"
+    snapshots = "snapshots"
+    bitmaps = "bitmaps"
+
+
+def check(
+    image: Image,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Snapshots to check; all of them if none is named.",
+            autocompletion=complete_snapshot,
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Without e2fsck on the snapshots.")] = False,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Check the store, the base volume and the snapshots.
+
+    That is: both bitmaps, every copy's checksum, and e2fsck on all of them.
+    The exit status is 3 if something is damaged. Nothing is repaired.
+    """
+    with about(image):
+        from extsnap.serve import session
+
+        with output.progress("checking"):
+            result = session.check(image, list(names or ()), quick)
+    output.notices(result)
+    if as_json:
+        output.emit_json(result)
+    else:
+        from extsnap.cli import render
+
+        output.emit_table(render.check_table(result))
+    if not result["ok"]:
+        output.finish()
+        output.say(damage_line(image, result))
+        raise typer.Exit(DAMAGE)
+
+
+def damage_line(image: str, result: dict[str, Any]) -> str:
+    """Return the line that says what ``check`` found damaged, and the way out."""
+    damaged = [f"snapshot {snapshot['name']}" for snapshot in result["snapshots"] if not snapshot["ok"]]
+    step = "delete the damaged snapshots, or export what is left of them first"
+    if not result["store"]["ok"]:
+        damaged.insert(0, "the store")
+        step = "export the snapshots that are good, then extsnap strip makes a plain volume of it"
+    # None: a mounted base volume, which e2fsck cannot look at.
+    if result["base"]["ok"] is False:
+        damaged.insert(0, "the base volume")
+        step = "repair it with extsnap run IMAGE -- e2fsck -fy {}, or restore a snapshot"
+    return f"{image}: damage found in {', '.join(damaged) or 'the volume'}; {step}"
+
+
+def info(image: Image, as_json: Json = False, version: Version = False) -> None:
+    """Show the volume, what of it is extsnap's, and who serves it."""
+    result = call(image, "info", writable=False)
+    if as_json:
+        output.emit_json(result)
+    else:
+        from extsnap.cli import render
+
+        output.emit_table(render.volume_details(result))
+
+
+def dump(
+    image: Image,
+    what: Annotated[
+        Structure,
+        typer.Argument(metavar="WHAT", help="header, log, records, snapshots or bitmaps.", show_default=False),
+    ],
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Show the store's structures, for people who debug."""
+    result = call(image, "dump", writable=False, what=what.value)
+    if as_json:
+        output.emit_json(result)
+    else:
+        from extsnap.cli import render
+
+        output.emit_lines(render.dump_lines(what.value, result))

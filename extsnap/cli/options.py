@@ -1,0 +1,74 @@
+"""Arguments and options that several commands share, and the completion of snapshot names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from extsnap.cli.output import emit, writing
+
+# Only names that mean nothing to any shell are offered: typer's zsh completion evaluates what it gets,
+# and an image may come from somebody else.
+_COMPLETABLE = re.compile(r"[\w.@%+,:=][\w.@%+,:=-]*")
+
+
+class Command(TyperCommand):
+    """A command whose usage line reads as the manual does: ``extsnap show [OPTIONS] IMAGE NAME``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Parsing prints the help and the version; nothing else in it can meet the operating system.
+        with writing():
+            return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = (parameter for parameter in self.params if parameter.param_type_name == "argument")
+        return ["[OPTIONS]", *(str(getattr(argument, "metavar", None) or argument.name) for argument in arguments)]
+
+
+def complete_snapshot(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of the image's snapshots that go on from ``incomplete``; nothing if it cannot be read."""
+    # While the value of an option is being typed, click has not yet given the arguments their names.
+    image = ctx.params.get("image") or next(iter(ctx.args), None)
+    if not isinstance(image, str):
+        return []
+    from extsnap.errors import ExtsnapError
+    from extsnap.serve import session
+
+    given = set(ctx.params.get("names") or ())
+    # A message in the middle of the command line that is being typed helps nobody.
+    with contextlib.suppress(ExtsnapError, OSError), contextlib.redirect_stderr(io.StringIO()):
+        with session.open_session(image, writable=False) as opened:
+            found = opened.call("list")["snapshots"]
+        names = (str(snapshot["name"]) for snapshot in found)
+        return [
+            name for name in names if name.startswith(incomplete) and name not in given and _COMPLETABLE.fullmatch(name)
+        ]
+    return []
+
+
+def print_version(value: bool) -> None:
+    """Print the version and leave."""
+    if value:
+        from importlib.metadata import version
+
+        emit(f"extsnap {version('extsnap')}\n")
+        raise typer.Exit
+
+
+Image = Annotated[
+    str, typer.Argument(metavar="IMAGE", help="Image file, loop device or block device.", show_default=False)
+]
+SnapshotName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Name of the snapshot.", autocompletion=complete_snapshot, show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=print_version),
+]

@@ -1,0 +1,142 @@
+"""The commands that serve a volume as files and mount it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from extsnap.cli import output
+from extsnap.cli.failure import RUN_FAILED, about
+from extsnap.cli.options import Command, Image, Json, Version, complete_snapshot
+from extsnap.errors import ServerError
+
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="An existing directory.", show_default=False)]
+
+_SEPARATOR = "extsnap.separator"
+
+
+class RunCommand(Command):
+    """``run`` remembers whether ``--`` was there: without it, options of CMD would be taken for our own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_SEPARATOR] = "--" in args
+        return super().parse_args(ctx, args)
+
+
+def attach(
+    image: Image,
+    directory: Directory,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay until the volume is detached.")] = False,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Serve the volume and its snapshots as plain files.
+
+    They are DIR/volume and DIR/snapshots/NAME.
+    """
+    with about(image):
+        from extsnap.serve import session
+
+        session.attach(image, directory, foreground=foreground)
+    if as_json:
+        output.emit_json({"version": 1, "image": image, "directory": directory})
+
+
+def detach(
+    target: Annotated[
+        str, typer.Argument(metavar="IMAGE|DIR", help="The image, or where it is attached.", show_default=False)
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Also while it is in use.")] = False,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Stop serving a volume, once everything is durable. Refused while it is mounted."""
+    with about(target):
+        from extsnap.serve import session
+
+        if not session.detach(target, force=force):
+            raise ServerError(
+                f"{target} was not left clean", hint="the next extsnap command that writes recovers the volume"
+            )
+    if as_json:
+        output.emit_json({"version": 1, "detached": target})
+
+
+def mount(
+    image: Image,
+    directory: Directory,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(
+            "--snapshot",
+            metavar="NAME",
+            help="Mount this snapshot, read-only.",
+            autocompletion=complete_snapshot,
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Mount the base volume read-write, or a snapshot read-only."""
+    with about(image):
+        from extsnap.serve import session
+
+        session.mount(image, directory, snapshot=snapshot)
+    if as_json:
+        output.emit_json({"version": 1, "image": image, "directory": directory, "snapshot": snapshot})
+
+
+def umount(directory: Directory, as_json: Json = False, version: Version = False) -> None:
+    """Unmount what mount mounted; returns once everything is durable."""
+    with about(directory):
+        from extsnap.serve import session
+
+        session.umount(directory)
+    if as_json:
+        output.emit_json({"version": 1, "directory": directory})
+
+
+def parse_statuses(text: str) -> frozenset[int]:
+    """Return the exit statuses of a list like ``0,1``.
+
+    Raises:
+        typer.BadParameter: It is no such list.
+    """
+    statuses = frozenset(int(part) for part in text.split(",") if part.isascii() and part.isdigit())
+    if len(statuses) != len(set(text.split(","))) or not all(status <= 255 for status in statuses):
+        raise typer.BadParameter(f"{text!r} is no list of exit statuses from 0 to 255, like 0,1", param_hint="--ok")
+    return statuses
+
+
+def run(
+    ctx: typer.Context,
+    image: Image,
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="-- CMD...", help="A command; {} becomes the path of the served volume.", show_default=False
+        ),
+    ],
+    atomic: Annotated[bool, typer.Option("--atomic", help="Take a snapshot first; if CMD fails, restore it.")] = False,
+    ok: Annotated[
+        str, typer.Option("--ok", metavar="STATUS,...", help="Exit statuses of CMD that are no failure.")
+    ] = "0",
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Serve the volume, run a command on it, stop serving.
+
+    The exit status is the command's: 125 if extsnap failed, 126 if it cannot be executed, 127 if it was not found.
+    """
+    statuses = parse_statuses(ok)
+    if not ctx.meta.get(_SEPARATOR):
+        raise typer.BadParameter("put -- before the command: extsnap run IMAGE -- CMD...", param_hint="CMD")
+    with about(image, status=RUN_FAILED):
+        from extsnap.serve import session
+
+        status = session.run(image, command, atomic=atomic, ok=statuses)
+    if as_json:
+        output.emit_json({"version": 1, "status": status})
+    raise typer.Exit(status)

@@ -1,0 +1,144 @@
+"""The commands that take, show, remove and bring back snapshots."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from extsnap.cli import output
+from extsnap.cli.failure import about
+from extsnap.cli.options import Image, Json, SnapshotName, Version, complete_snapshot
+from extsnap.cli.units import safe
+
+
+class Kind(StrEnum):
+    """Why a snapshot was taken."""
+
+    manual = "manual"
+    safety = "safety"
+    atomic = "atomic"
+
+
+def call(image: str, verb: str, *, writable: bool, **arguments: Any) -> dict[str, Any]:
+    """Carry out one verb on an image, served or not, and pass its notices on.
+
+    Raises:
+        Failed: With the ExtsnapError or OSError as its cause.
+    """
+    with about(image):
+        from extsnap.serve import session
+
+        with session.open_session(image, writable=writable) as opened:
+            result: dict[str, Any] = opened.call(verb, **arguments)
+    output.notices(result)
+    return result
+
+
+def create(
+    image: Image,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Name; without one, the time in UTC.", show_default=False),
+    ] = None,
+    message: Annotated[str, typer.Option("--message", "-m", metavar="TEXT", help="A note to keep with it.")] = "",
+    no_freeze: Annotated[bool, typer.Option("--no-freeze", help="Do not freeze a mounted volume first.")] = False,
+    quiesced: Annotated[
+        bool, typer.Option("--quiesced", help="Whoever uses the volume has already brought it to rest.")
+    ] = False,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Take a snapshot and print its name."""
+    with output.progress("taking a snapshot"):
+        result = call(
+            image, "create", writable=True, name=name, message=message, freeze=not no_freeze, quiesced=quiesced
+        )
+    if as_json:
+        output.emit_json(result)
+    else:
+        output.emit_lines([safe(result["name"])])
+
+
+def list_snapshots(image: Image, as_json: Json = False, version: Version = False) -> None:
+    """List the snapshots, oldest first."""
+    result = call(image, "list", writable=False)
+    if as_json:
+        output.emit_json(result)
+    elif result["snapshots"]:
+        from extsnap.cli import render
+
+        output.emit_table(render.snapshot_table(result))
+    else:
+        output.say(f"{image} has no snapshots; extsnap create takes one")
+
+
+def show(image: Image, name: SnapshotName, as_json: Json = False, version: Version = False) -> None:
+    """Show everything about one snapshot."""
+    result = call(image, "show", writable=False, name=name)
+    if as_json:
+        output.emit_json(result)
+    else:
+        from extsnap.cli import render
+
+        output.emit_table(render.snapshot_details(result))
+
+
+def delete(
+    image: Image,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME...", help="Names of snapshots.", autocompletion=complete_snapshot, show_default=False
+        ),
+    ] = None,
+    kind: Annotated[Kind | None, typer.Option("--kind", help="All snapshots of this kind.", show_default=False)] = None,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Delete snapshots, in any order.
+
+    Deleting the last one lifts the guard: the volume can be mounted read-write again.
+    """
+    if not names and kind is None:
+        raise typer.BadParameter("give at least one name, or --kind", param_hint="NAME")
+    with output.progress("deleting"):
+        result = call(image, "delete", writable=True, names=list(names or ()), kind=kind.value if kind else None)
+    if as_json:
+        output.emit_json(result)
+
+
+def restore(
+    image: Image,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="Name of the snapshot.", autocompletion=complete_snapshot, show_default=False
+        ),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Go back to the newest safety snapshot.")] = False,
+    no_safety: Annotated[bool, typer.Option("--no-safety", help="Take no safety snapshot before.")] = False,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Make the base volume what a snapshot is.
+
+    All other snapshots stay. What the volume was before is kept as a safety snapshot, whose name is printed.
+    """
+    if (name is None) == (not undo):
+        raise typer.BadParameter("give either the name of a snapshot or --undo", param_hint="NAME")
+    with output.progress("restoring"):
+        result = call(image, "restore", writable=True, name=name, undo=undo, safety=not no_safety)
+    if as_json:
+        output.emit_json(result)
+    elif result.get("safety") is not None:
+        output.emit_lines([safe(result["safety"])])
+
+
+def strip(image: Image, as_json: Json = False, version: Version = False) -> None:
+    """Remove all snapshots and all of extsnap: a plain volume again."""
+    with output.progress("removing all snapshots"):
+        result = call(image, "strip", writable=True)
+    if as_json:
+        output.emit_json(result)
