@@ -537,7 +537,7 @@ def _run_on(client: ControlClient, path: str, command: Sequence[str], atomic: bo
                         f"the command ended with status {status}, and the volume could not be restored: {error}",
                         hint=f"snapshot {snapshot} is kept: restore it",
                     ) from error
-            client.call("delete", name=snapshot, patience=_CLOSE_PATIENCE)
+            client.call("delete", names=[snapshot], patience=_CLOSE_PATIENCE)
     return status
 
 
@@ -609,19 +609,20 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False) -> dict[st
     if served is not None:
         client, hello = served
         with client:
-            report = _selected(client.call("check"), names)
+            report = _selected(client.call("check", names=list(names)), names)
             volume = os.path.join(hello["directory"], "volume")
             users = mounting.users_of(volume)
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
             return _report(report, base, None if quick else hello["directory"])
     with load_factory(FACTORY)(image, writable=False) as at_rest:
-        if at_rest.needs_replay:
+        about = at_rest.verb("info")
+        if at_rest.needs_replay or about.get("marked"):
             raise NeedsRecovery(
                 f"{image} was not closed cleanly and must be recovered before it can be checked",
                 hint=f"any command that writes does it: extsnap run {image} -- true",
             )
-        report = _selected(at_rest.verb("check"), names)
-        offset = int(at_rest.verb("info").get("offset") or 0)
+        report = _selected(at_rest.verb("check", names=list(names)), names)
+        offset = int(about.get("offset") or 0)
     if (quick or not report["snapshots"]) and not offset:
         return _report(report, _check_base(image), None)
     server = _Private(image, writable=False)
@@ -639,9 +640,6 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False) -> dict[st
 def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The store's own findings, for the named snapshots only."""
     snapshots = {str(found["name"]): list(found.get("errors", [])) for found in report.get("snapshots", [])}
-    for name in names:
-        if name not in snapshots:
-            raise SnapshotNotFound(f"no snapshot {name}", hint="extsnap list shows them")
     wanted = {name: snapshots[name] for name in names} if names else snapshots
     return {"store": report["store"], "snapshots": wanted}
 

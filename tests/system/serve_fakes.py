@@ -122,11 +122,12 @@ class FakeVolume:
         self._called(f"create {name}")
         return {"name": name, "kind": kind}
 
-    def _verb_delete(self, name: str) -> dict[str, Any]:
-        self._copy(name).unlink()
-        del self._state["snapshots"][name]
-        self._called(f"delete {name}")
-        return {"deleted": [name]}
+    def _verb_delete(self, names: list[str]) -> dict[str, Any]:
+        for name in names:
+            self._copy(name).unlink()
+            del self._state["snapshots"][name]
+            self._called(f"delete {name}")
+        return {"deleted": names}
 
     def _verb_restore(self, name: str, safety: bool = True) -> dict[str, Any]:
         data = self._copy(name).read_bytes()
@@ -142,10 +143,12 @@ class FakeVolume:
     def _verb_info(self) -> dict[str, Any]:
         return {"version": 1, "offset": 0, "attached": None}
 
-    def _verb_check(self) -> dict[str, Any]:
+    def _verb_check(self, names: list[str]) -> dict[str, Any]:
+        for name in names:
+            self._copy(name)
         return {
             "store": {"ok": True, "errors": []},
-            "snapshots": [{"name": name, "errors": []} for name in self._state["snapshots"]],
+            "snapshots": [{"name": name, "errors": []} for name in names or self._state["snapshots"]],
         }
 
     def _verb_bug(self) -> dict[str, Any]:

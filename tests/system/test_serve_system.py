@@ -195,7 +195,7 @@ def test_names_appear_and_vanish_at_once_and_never_show_old_pages(place: Place) 
             assert os.listdir(snapshots) == ["again"]
             assert (snapshots / "again").read_bytes()[:5] == value
             assert (snapshots / "again").stat().st_mode & 0o777 == 0o400
-            commands.call("delete", name="again")
+            commands.call("delete", names=["again"])
             assert os.listdir(snapshots) == []
             assert not (snapshots / "again").exists()
         commands.call("create", name="broken")
@@ -290,7 +290,7 @@ def test_concurrent_clients_and_errors_as_their_classes(place: Place) -> None:
                     commands.call("create", name=f"{prefix}{index}", message="ü\n" * 100)
                     with pytest.raises(SnapshotExists, match="choose another name"):
                         commands.call("create", name=f"{prefix}{index}")
-                    commands.call("delete", name=f"{prefix}{index}")
+                    commands.call("delete", names=[f"{prefix}{index}"])
         except BaseException as error:
             failures.append(error)
 
@@ -303,7 +303,7 @@ def test_concurrent_clients_and_errors_as_their_classes(place: Place) -> None:
     with session.open_session(image, writable=True) as one, session.open_session(image, writable=False) as two:
         assert one.call("pid") == two.call("pid") == {"pid": place.server_pid()}
         with pytest.raises(SnapshotNotFound):
-            two.call("delete", name="none")
+            two.call("delete", names=["none"])
         with pytest.raises(ServerError, match="ZeroDivisionError"):
             two.call("bug")
         assert one.call("info")["attached"]["directory"] == str(place.served)
@@ -352,9 +352,9 @@ def test_what_open_files_forbid(place: Place) -> None:
                     commands.call(verb, name="one")
         with (place.served / "snapshots" / "one").open("rb"):
             with pytest.raises(VolumeBusy, match="snapshot one is open"):
-                commands.call("delete", name="one")
-            commands.call("delete", name="two")
-        commands.call("delete", name="one")
+                commands.call("delete", names=["one"])
+            commands.call("delete", names=["two"])
+        commands.call("delete", names=["one"])
         commands.call("restore", name="while-read")
     place.detach()
 
@@ -624,7 +624,7 @@ def test_snapshots_and_the_volume_share_a_server(place: Place) -> None:
     assert alive(pid), "the snapshot is still mounted"
     with session.open_session(image, writable=True) as commands:
         with pytest.raises(VolumeBusy, match=f"snapshot empty is open.*{place.other}"):
-            commands.call("delete", name="empty")
+            commands.call("delete", names=["empty"])
         commands.call("create", name="second")
     session.umount(str(place.other))
     assert not alive(pid)
