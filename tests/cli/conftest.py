@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,14 @@ def extsnap(capfd: pytest.CaptureFixture[str]) -> Call:
         return Outcome(status, out, err)
 
     return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_directory() -> Iterator[None]:
+    """Keep sockets and logs of the tests' servers apart from the machine's, and remove them."""
+    with tempfile.TemporaryDirectory(prefix="extsnap-run-") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXTSNAP_RUNTIME_DIR", directory)
+        yield
 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
