@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extsnap.arrays import bits_of, expand
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
-from extsnap.snapshot.arrays import bits_of, expand
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extsnap.arrays import Ints, bitmap_runs, breaks_to_runs, runs_of, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
-from extsnap.snapshot.arrays import Ints, bitmap_runs, breaks_to_runs, runs_of, set_runs, test_bits
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.store import Extents, Pending, Root, Store
 

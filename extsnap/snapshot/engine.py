@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 from bitarray import bitarray
 
+from extsnap.arrays import Bits, Ints, breaks_to_runs, expand, runs_of, set_positions, set_runs, test_bits
 from extsnap.blockdev.base import Buffer
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import Bits, Ints, breaks_to_runs, expand, runs_of, set_positions, set_runs, test_bits
 from extsnap.snapshot.history import History
 from extsnap.snapshot.index import RUN_MAX, Index, Level, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
@@ -247,8 +247,8 @@ class Engine:
     @property
     def _batch_limit(self) -> int:
         """Copies that one batch can record in an empty log, whatever masks they have."""
-        each = fmt.RECORD_DTYPE.itemsize + 4 + 8 * self.masks.words
-        return max(1, (self.store.log_bytes - fmt.BATCH_HEADER - fmt.SECTOR) // each)
+        each = int(fmt.RECORD_DTYPE.itemsize) + 4 + 8 * self.masks.words
+        return max(1, (self.store.log_bytes - int(fmt.BATCH_HEADER) - fmt.SECTOR) // each)
 
     def reserve(self) -> int:
         """Blocks kept back for folding and committing, so that neither ever lacks room."""
@@ -256,7 +256,7 @@ class Engine:
         folded = records * (fmt.RECORD_DTYPE.itemsize + 4) + self.store.log_bytes
         tables = self.masks.count * self.masks.words * 8 + self.history.table.nbytes + 64 * len(self.snapshots)
         header = 4 * (4096 + 24 * len(self.store.root.extents) + 16 * len(self.store.root.mapping))
-        return -(-(folded + tables + header) // self.block_size) + 8
+        return int(-(-(folded + tables + header) // self.block_size)) + 8
 
     def room(self) -> int:
         """Copy blocks that can still be promised to writes."""

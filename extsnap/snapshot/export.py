@@ -63,7 +63,7 @@ def write_image(volume: Volume, name: str, descriptor: int) -> None:
 
 def without_store(volume: Volume, view: View) -> dict[int, bytes]:
     """The blocks of a view that change when ``/.extsnap`` is removed from it."""
-    overlay = Overlay(view, volume.block_size)  # type: ignore[arg-type]  # never written below
+    overlay = Overlay(view, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
     graft.remove(fs, volume.now_seconds())
     fs.flush()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from extsnap.arrays import Bits, Ints, bits_of, expand
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
-from extsnap.snapshot.arrays import Bits, Ints, bits_of, expand
 from extsnap.snapshot.store import Extents
 
 ROOT_INODE = 2

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.arrays import Bits, Ints, test_bits
 from extsnap.errors import StoreDamaged
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import Bits, Ints, test_bits
 from extsnap.snapshot.format import ALL_CLEAR, ALL_SET
 from extsnap.snapshot.masks import Words, mask_of
 
@@ -189,7 +189,7 @@ class History:
 
     def needs_block(self, bitmaps: Bits) -> npt.NDArray[np.bool_]:
         """bool[n]: which bitmaps (uint8[n, row_bytes]) are not uniform."""
-        return ~((bitmaps == 0).all(axis=1) | (bitmaps == 0xFF).all(axis=1))
+        return np.asarray(~((bitmaps == 0).all(axis=1) | (bitmaps == 0xFF).all(axis=1)))
 
     def add(self, snapshot_id: int, rows: Ints, bitmaps: Bits, refs: Ints) -> None:
         """From ``snapshot_id`` on, ``rows`` have ``bitmaps``; those that need a block are at ``refs``, in order."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.snapshot.arrays import Ints, breaks_to_runs, expand
+from extsnap.arrays import Ints, breaks_to_runs, expand
 from extsnap.snapshot.format import RECORD_DTYPE, ZERO_COPY
 
 Crcs = npt.NDArray[np.uint32]

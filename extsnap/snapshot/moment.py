@@ -6,9 +6,9 @@ import hashlib
 
 import numpy as np
 
+from extsnap.arrays import Bits, Ints, set_runs
 from extsnap.errors import NeedsRecovery, VolumeDirty
 from extsnap.ext.filesystem import Filesystem
-from extsnap.snapshot.arrays import Bits, Ints, set_runs
 
 
 def require_clean(fs: Filesystem, path: str) -> None:

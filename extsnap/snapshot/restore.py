@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extsnap.arrays import Ints, expand, runs_of, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import Ints, expand, runs_of, set_runs, test_bits
 from extsnap.snapshot.index import Level
 from extsnap.snapshot.store import RestoreIntent
 from extsnap.snapshot.view import View
@@ -153,7 +153,7 @@ def _target_metadata(
         (blocks that differ from the target's view, mapping blocks, journal sequence).
     """
     engine, store = volume.require_engine(), volume.require_store()
-    overlay = Overlay(View(engine, target), volume.block_size)  # type: ignore[arg-type]  # never written below
+    overlay = Overlay(View(engine, target), volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
     mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups(fs))
     journal = fs.journal

@@ -21,10 +21,10 @@ import construct
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.arrays import Bits, Ints, bits_of, breaks_to_runs, expand, runs_of, set_runs
 from extsnap.blockdev.base import Buffer, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import Bits, Ints, bits_of, breaks_to_runs, expand, runs_of, set_runs
 
 #: Rows (logical, physical, length).
 Extents = npt.NDArray[np.int64]
@@ -580,7 +580,7 @@ class Store:
 
     def batch_bytes(self, masks: int, words: int, records: int, crcs: int) -> int:
         """Space that a batch takes in the log: whole sectors."""
-        raw = fmt.BATCH_HEADER + masks * words * 8 + records * fmt.RECORD_DTYPE.itemsize + crcs * 4
+        raw = int(fmt.BATCH_HEADER) + masks * words * 8 + records * fmt.RECORD_DTYPE.itemsize + crcs * 4
         return -(-raw // fmt.SECTOR) * fmt.SECTOR
 
     def append_batch(self, masks: npt.NDArray[np.uint64], records: bytes, crcs: npt.NDArray[np.uint32]) -> None:

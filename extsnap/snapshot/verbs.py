@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import bitmap_runs
 from extsnap.snapshot.check import check_store
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.arrays import Bits, Ints, bitmap_runs, expand
 from extsnap.errors import DamagedCopy
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import Bits, Ints, bitmap_runs, expand
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.index import Level
 
@@ -124,7 +124,7 @@ class View:
         """Runs (start block, length) of everything that the snapshot preserves: int64[n, 2]."""
         engine = self.engine
         bitmap = engine.history.assemble(self.id).reshape(-1)
-        return bitmap_runs(bitmap, engine.rows * engine.row_bytes * 8) - np.array([engine.shift, 0])
+        return np.asarray(bitmap_runs(bitmap, engine.rows * engine.row_bytes * 8) - np.array([engine.shift, 0]))
 
     def pieces(self, piece_bytes: int = 4 << 20) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of everything preserved, in order, in bounded pieces; the rest is zeros."""

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from extsnap.arrays import Bits, expand
 from extsnap.blockdev.base import Buffer, Device
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free
@@ -43,7 +44,6 @@ from extsnap.errors import (
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.arrays import Bits, expand
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.medium import Medium, SuperblockState
 from extsnap.snapshot.moment import fingerprint, preserved, require_clean
@@ -721,7 +721,7 @@ class Volume:
 
     # -- verbs ------------------------------------------------------------------------------------------
 
-    def verb(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def verb(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         """Run a command by name; returns the dict that ``--json`` prints."""
         from extsnap.snapshot.verbs import VERBS
 

@@ -1,4 +1,4 @@
-"""Small vectorised helpers over runs and bits, shared by the modules of this layer."""
+"""Small vectorised helpers over runs and bits, shared by the layers that work in bulk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
     if not total:
         return np.zeros(0, np.int64)
     firsts = np.cumsum(lengths) - lengths
-    return np.arange(total, dtype=np.int64) - np.repeat(firsts, lengths) + np.repeat(starts.astype(np.int64), lengths)
+    return np.asarray(
+        np.arange(total, dtype=np.int64) - np.repeat(firsts, lengths) + np.repeat(starts.astype(np.int64), lengths)
+    )
 
 
 def breaks_to_runs(new_run: npt.NDArray[np.bool_], maximum: int) -> tuple[Ints, Ints]:
@@ -88,7 +90,7 @@ def _set_bits(bitmap: Bits, positions: Ints, value: bool) -> None:
 
 def test_bits(bitmap: Bits, positions: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """bool[n]: which of the bits at ``positions`` are set."""
-    return ((bitmap[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1).astype(np.bool_)
+    return np.asarray((bitmap[positions >> 3] >> (positions & 7).astype(np.uint8)) & 1, np.bool_)
 
 
 def set_positions(bitmap: Bits, start: int, stop: int) -> Ints:

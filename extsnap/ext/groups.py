@@ -1,0 +1,145 @@
+"""The group descriptor table as one numpy array: joined columns, checksums, uninitialised groups resolved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extsnap.arrays import Bits, Ints, set_runs
+from extsnap.errors import FormatError
+from extsnap.ext.geometry import Geometry
+from extsnap.ondisk.checksum import group_checksums
+from extsnap.ondisk.dtypes import dtype_of
+from extsnap.ondisk.group import GroupDescriptor32, GroupDescriptor64, GroupFlags
+
+_DTYPE32 = dtype_of(GroupDescriptor32)
+_DTYPE64 = dtype_of(GroupDescriptor64)
+
+
+class GroupTable:
+    """All group descriptors of a filesystem.
+
+    Attributes:
+        raw: uint8[groups, desc_size], what is on the medium and what is changed in place.
+    """
+
+    def __init__(self, geometry: Geometry, uuid: bytes, raw: bytes) -> None:
+        self._geometry = geometry
+        self._uuid = uuid
+        size = geometry.desc_size
+        self.raw = np.frombuffer(raw, np.uint8)[: geometry.groups * size].reshape(geometry.groups, size).copy()
+        self._wide = size >= 64
+        dtype = _DTYPE64 if self._wide else _DTYPE32
+        self._table: npt.NDArray[Any] = np.ndarray((geometry.groups,), dtype, buffer=self.raw.data, strides=(size,))
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether bg_flags and bg_itable_unused count."""
+        return self._geometry.has_metadata_csum or self._geometry.has_gdt_csum
+
+    def column(self, name: str) -> Ints:
+        """A field of all groups, lo and hi joined: int64[groups]."""
+        low = self._table[name + "_lo"].astype(np.int64)
+        if not self._wide:
+            return low
+        bits = self._table.dtype[name + "_lo"].itemsize * 8
+        return low | (self._table[name + "_hi"].astype(np.int64) << bits)
+
+    def set_column(self, name: str, groups: Ints, values: Ints) -> None:
+        """Set a joined field of some groups."""
+        bits = self._table.dtype[name + "_lo"].itemsize * 8
+        self._table[name + "_lo"][groups] = values & ((1 << bits) - 1)
+        if self._wide:
+            self._table[name + "_hi"][groups] = values >> bits
+
+    @property
+    def flags(self) -> Ints:
+        """bg_flags of all groups; zeros where they do not count."""
+        flags = self._table["bg_flags"].astype(np.int64)
+        return flags if self.has_checksums else np.zeros_like(flags)
+
+    def clear_flag(self, groups: Ints, flag: GroupFlags) -> None:
+        """Clear a flag of some groups."""
+        self._table["bg_flags"][groups] &= np.uint16(~int(flag) & 0xFFFF)
+
+    def _checksums(self, first: int, last: int) -> npt.NDArray[np.uint16]:
+        return group_checksums(
+            self.raw[first:last],
+            first,
+            seed=self._geometry.checksum_seed,
+            uuid=self._uuid,
+            metadata_csum=self._geometry.has_metadata_csum,
+        )
+
+    def verify(self, offset: int) -> None:
+        """Check every descriptor.
+
+        Raises:
+            FormatError: A checksum is wrong, or an address lies outside the volume; names the group.
+        """
+        geometry = self._geometry
+        if self.has_checksums:
+            bad = np.flatnonzero(self._checksums(0, geometry.groups) != self._table["bg_checksum"])
+            if len(bad):
+                raise FormatError(
+                    f"the checksum of group {bad[0]} is wrong",
+                    structure="group descriptor",
+                    field="bg_checksum",
+                    offset=offset + int(bad[0]) * geometry.desc_size,
+                )
+        for name, length in (
+            ("bg_block_bitmap", 1),
+            ("bg_inode_bitmap", 1),
+            ("bg_inode_table", geometry.inode_table_blocks),
+        ):
+            at = self.column(name)
+            bad = np.flatnonzero((at <= geometry.first_data_block) | (at + length > geometry.blocks_count))
+            if len(bad):
+                raise FormatError(
+                    f"group {bad[0]} has block {at[bad[0]]}, outside the volume",
+                    structure="group descriptor",
+                    field=name,
+                    offset=offset + int(bad[0]) * geometry.desc_size,
+                )
+
+    def seal(self, groups: Ints) -> None:
+        """Recompute bg_checksum of some groups."""
+        if self.has_checksums:
+            for group in groups.tolist():  # groups that an edit touched
+                self._table["bg_checksum"][group] = self._checksums(group, group + 1)[0]
+
+    def uninitialised_bitmaps(self) -> tuple[Ints, Bits]:
+        """Groups with BLOCK_UNINIT and the bitmaps that this stands for: int64[n], uint8[n, row_bytes].
+
+        Used are: superblock, descriptors and reserved descriptors where the group has a backup, the group's own
+        bitmaps and inode table where they lie inside it, and the padding bits of a short last group.
+        """
+        geometry = self._geometry
+        per_group = geometry.blocks_per_group
+        which = np.flatnonzero(self.flags & GroupFlags.BLOCK_UNINIT)
+        bits = np.zeros((len(which), per_group // 8), np.uint8)
+        if not len(which):
+            return which, bits
+        flat = bits.reshape(-1)
+        origin = np.arange(len(which)) * per_group - (which * per_group + geometry.first_data_block)
+        backup = np.isin(which, geometry.backup_groups)
+        head = 1 + geometry.gdt_blocks + geometry.reserved_gdt_blocks
+        starts = np.flatnonzero(backup) * per_group
+        set_runs(flat, np.stack([starts, np.full(len(starts), head)], axis=1))
+        for name, length in (
+            ("bg_block_bitmap", 1),
+            ("bg_inode_bitmap", 1),
+            ("bg_inode_table", geometry.inode_table_blocks),
+        ):
+            at = self.column(name)[which]
+            first = which * per_group + geometry.first_data_block
+            low = np.clip(at, first, first + per_group)
+            high = np.clip(at + length, first, first + per_group)
+            set_runs(flat, np.stack([low + origin, high - low], axis=1))
+        if which[-1] == geometry.groups - 1:
+            in_last = geometry.blocks_count - geometry.first_data_block - int(which[-1]) * per_group
+            start = (len(which) - 1) * per_group + in_last
+            set_runs(flat, np.array([[start, per_group - in_last]], np.int64))
+        return which, bits
