@@ -55,14 +55,14 @@ class ImageFile:
             if writable and stat.S_ISBLK(status.st_mode):
                 flags |= os.O_EXCL
             self._descriptor = os.open(path, flags)
+        except ExtsnapError:
+            raise
         except FileNotFoundError as error:
             raise ImageNotFound(f"{path} does not exist", hint="check the path") from error
         except PermissionError as error:
             hint = "check its permissions" + (" or open a copy" if writable else "")
             raise ExtsnapError(f"{path} cannot be opened: permission denied", hint=hint) from error
         except OSError as error:
-            if isinstance(error, ExtsnapError):
-                raise
             if error.errno == errno.EBUSY:
                 raise VolumeBusy(f"{path} is in use", hint="unmount it first") from error
             raise ExtsnapError(f"{path} cannot be opened: {error.strerror}", hint="check the path") from error

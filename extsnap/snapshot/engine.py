@@ -37,6 +37,8 @@ from extsnap.snapshot.store import Store
 
 HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384
+#: What a record of one block takes in the index, its checksum included.
+_RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
 
@@ -141,19 +143,22 @@ class Engine:
             raise StoreDamaged("index: a record is impossible")
         return level
 
-    def rebuild_need(self) -> None:
-        """Set ``need`` from the history (a superset), and pin superblocks and the store's own blocks."""
-        self.need_bits[:] = self.history.union().reshape(-1)
-        if len(self.snapshots):
-            self._clear_recorded()
-        self._superblocks = (
-            np.array(sorted({at // self.block_size for at in self.medium.offsets}), np.int64) + self.shift
-        )
-        set_runs(self.need_bits, runs_of(self._superblocks))
+    def pin(self) -> None:
+        """Send reads and writes of superblocks and of the store's own blocks down the slow path."""
+        blocks = sorted({at // self.block_size for at in self.medium.offsets})
+        self._superblocks = np.array(blocks, np.int64) + self.shift
         self._special_bits[:] = 0
         set_runs(self._special_bits, runs_of(self._superblocks))
         self._owned_bits[:] = 0
         self.set_owned(self.store.root.extents)
+
+    def rebuild_need(self) -> None:
+        """Set ``need`` from the history: a superset, see the module."""
+        self.need_bits[:] = self.history.union().reshape(-1)
+        if len(self.snapshots):
+            self._clear_recorded()
+        set_runs(self.need_bits, runs_of(self._superblocks))
+        self.need_bits |= self._owned_bits
 
     def _clear_recorded(self) -> None:
         """Clear ``need`` where one record names every living snapshot: the steady state after a reopen."""
@@ -247,20 +252,21 @@ class Engine:
     @property
     def _batch_limit(self) -> int:
         """Copies that one batch can record in an empty log, whatever masks they have."""
-        each = int(fmt.RECORD_DTYPE.itemsize) + 4 + 8 * self.masks.words
-        return max(1, (self.store.log_bytes - int(fmt.BATCH_HEADER) - fmt.SECTOR) // each)
+        each = _RECORD_BYTES + 8 * self.masks.words
+        room: int = self.store.log_bytes - fmt.BATCH_HEADER - fmt.SECTOR
+        return max(1, room // each)
 
     def reserve(self) -> int:
-        """Blocks kept back for folding and committing, so that neither ever lacks room."""
-        records = len(self.index)
-        folded = records * (fmt.RECORD_DTYPE.itemsize + 4) + self.store.log_bytes
+        """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
+        folded = len(self.index) * _RECORD_BYTES
         tables = self.masks.count * self.masks.words * 8 + self.history.table.nbytes + 64 * len(self.snapshots)
         header = 4 * (4096 + 24 * len(self.store.root.extents) + 16 * len(self.store.root.mapping))
         return int(-(-(folded + tables + header) // self.block_size)) + 8
 
     def room(self) -> int:
-        """Copy blocks that can still be promised to writes."""
-        return self.store.available - self.reserve() - self._held_cost
+        """Copy blocks that can still be promised to writes; each brings a record that the next fold writes."""
+        spare = max(0, self.store.available - self.reserve())
+        return spare * self.block_size // (self.block_size + _RECORD_BYTES) - self._held_cost
 
     def _make_room(self, cost: int, start: int, stop: int) -> None:
         """Refuse a write that might not find room for its copies; decide exactly before refusing."""
@@ -276,7 +282,7 @@ class Engine:
             undecided = positions[~missing.any(axis=1)]
             self._clear_need(undecided)
             exact += int(missing.any(axis=1).sum())
-        if exact > self.room():
+        if exact > max(0, self.room()):
             raise VolumeFull(
                 f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
                 hint="delete a snapshot or free space in the volume",

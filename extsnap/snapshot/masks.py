@@ -89,7 +89,7 @@ class MaskTable:
     def bits(self) -> npt.NDArray[np.bool_]:
         """bool[count, 64 * words]: the table unpacked."""
         return np.unpackbits(
-            np.ascontiguousarray(self.rows.astype("<u8")).view(np.uint8).reshape(self.count, -1),
+            np.ascontiguousarray(self.rows.astype("<u8")).view(np.uint8).reshape(self.count, self.words * 8),
             axis=1,
             bitorder="little",
         ).astype(np.bool_)

@@ -237,6 +237,7 @@ class Volume:
         geometry = fs.geometry
         self.engine = Engine(self.medium, store, geometry.blocks_per_group, geometry.first_data_block, table)
         self.engine.load()
+        self.engine.pin()
         if self.writable:
             self.engine.rebuild_need()
         self._copied_before = store.available
