@@ -52,6 +52,15 @@ def runs_of(sorted_values: npt.NDArray[Any]) -> Ints:
     return np.stack([sorted_values[first].astype(np.int64), length], axis=1)
 
 
+def merge_runs(runs: Ints) -> Ints:
+    """Sort runs (start, length) that do not overlap, and join those that touch: int64[n, 2]."""
+    runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    if len(runs) < 2:
+        return runs
+    first = np.flatnonzero(np.concatenate([[True], runs[1:, 0] != runs[:-1, 0] + runs[:-1, 1]]))
+    return np.stack([runs[first, 0], np.add.reduceat(runs[:, 1], first)], axis=1)
+
+
 def bits_of(runs: Ints, size: int) -> Bits:
     """A packed little-endian bitmap uint8[ceil(size/8)] with the blocks of ``runs`` (start, length) set.
 

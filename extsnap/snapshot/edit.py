@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, bitmap_runs, breaks_to_runs, runs_of, set_runs, test_bits
+from extsnap.arrays import Ints, bitmap_runs, breaks_to_runs, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -144,21 +144,25 @@ def shrink(volume: Volume, blocks: int) -> int:
     """Give up to ``blocks`` unused blocks of the store back to the filesystem; returns how many."""
     store = volume.require_store()
     keep = max(0, store.available - blocks)
-    withdrawn = store.available_blocks()[keep:]
+    free = store.available_runs()
+    # The first `keep` free blocks stay: the store's file ends as early as it can.
+    before = np.cumsum(free[:, 1]) - free[:, 1]
+    kept = np.clip(keep - before, 0, free[:, 1])
+    withdrawn = np.stack([free[:, 0] + kept, free[:, 1] - kept], axis=1)[kept < free[:, 1]]
     if not len(withdrawn):
         return 0
     owned = store.root.extents
     bits = np.zeros((store.root.size_blocks + 7) // 8, np.uint8)
     set_runs(bits, owned[:, [0, 2]])
-    set_runs(bits, runs_of(withdrawn), False)
+    set_runs(bits, withdrawn, False)
     wanted = graft.keep_logical(owned, bitmap_runs(bits, store.root.size_blocks))
     store.withdraw(withdrawn)
     try:
         resize(volume, wanted)
     except VolumeFull:
-        store.unallocate(withdrawn)
+        store.put_back(withdrawn)
         return 0
-    return len(withdrawn)
+    return int(withdrawn[:, 1].sum())
 
 
 def remove(volume: Volume) -> None:

@@ -21,7 +21,7 @@ import construct
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, bits_of, breaks_to_runs, expand, runs_of, set_runs
+from extsnap.arrays import Bits, Ints, bitmap_runs, bits_of, breaks_to_runs, expand, merge_runs, runs_of, set_runs
 from extsnap.blockdev.base import Buffer, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
@@ -101,8 +101,8 @@ class Root:
 
     def allocation_runs(self) -> Ints:
         """Runs (start, length) of every block of extsnap: what the snapshot allocation bitmap holds."""
-        blocks = np.sort(np.concatenate([expand(self.extents[:, 1], self.extents[:, 2]), self.mapping]))
-        return runs_of(blocks)
+        mapping = np.stack([self.mapping, np.ones_like(self.mapping)], axis=1)
+        return merge_runs(np.concatenate([self.extents[:, 1:], mapping]))
 
     def build(self) -> bytes:
         """The root's bytes: its sections."""
@@ -387,14 +387,19 @@ class Store:
         if len(logical):
             self._released.append(logical)
 
-    def available_blocks(self) -> Ints:
-        """All logical blocks that are free, sorted."""
-        return np.flatnonzero(np.unpackbits(self._available, bitorder="little")).astype(np.int64)
+    def available_runs(self) -> Ints:
+        """All logical blocks that are free, as runs (start, length), sorted."""
+        return bitmap_runs(self._available, len(self._available) * 8)
 
-    def withdraw(self, logical: Ints) -> None:
-        """Take free blocks out of service for good: a shrink is going to unmap them."""
-        set_runs(self._available, runs_of(np.sort(logical)), False)
-        self.available -= len(logical)
+    def withdraw(self, runs: Ints) -> None:
+        """Take free blocks (runs of logical ones) out of service for good: a shrink is going to unmap them."""
+        set_runs(self._available, runs, False)
+        self.available -= int(runs[:, 1].sum())
+
+    def put_back(self, runs: Ints) -> None:
+        """The shrink did not happen: the blocks are free again."""
+        set_runs(self._available, runs)
+        self.available += int(runs[:, 1].sum())
 
     def write_blocks(self, logical: Ints, data: Buffer) -> None:
         """Fill blocks (sorted) from ``data``, in few large writes.  Not durable before a barrier."""
