@@ -160,7 +160,7 @@ class Server:
     def _begin(self) -> None:
         assert self._volume is not None
         if not self._begun:
-            self._volume.begin_serving(grow=not self._recovering)
+            self._volume.begin_serving(grow=not self._recovering, set_up=not self.config.auto_end)
             self._begun = True
 
     def _catch_signals(self) -> None:

@@ -254,11 +254,11 @@ class Engine:
         """Copies that one batch can record in an empty log, whatever masks they have."""
         each = _RECORD_BYTES + 8 * self.masks.words
         room: int = self.store.log_bytes - fmt.BATCH_HEADER - fmt.SECTOR
-        return max(1, room // each)
+        return max(1, int(room) // each)
 
     def reserve(self) -> int:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
-        folded = len(self.index) * _RECORD_BYTES
+        folded: int = len(self.index) * _RECORD_BYTES
         tables = self.masks.count * self.masks.words * 8 + self.history.table.nbytes + 64 * len(self.snapshots)
         header = 4 * (4096 + 24 * len(self.store.root.extents) + 16 * len(self.store.root.mapping))
         return int(-(-(folded + tables + header) // self.block_size)) + 8

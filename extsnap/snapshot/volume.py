@@ -476,6 +476,8 @@ class Volume:
             self.make_room_for_snapshot()
             entry = self.stage_snapshot(chosen, message, kind, consistency, created)
             self.commit_snapshot()
+            if self.serving:
+                self._grow_ahead()
             self.settle()
         except ExtsnapError:
             self._back_to_rest()
@@ -671,10 +673,14 @@ class Volume:
         """Everything written before is durable when this returns."""
         self.base.flush()
 
-    def begin_serving(self, *, grow: bool = True) -> None:
+    def begin_serving(self, *, grow: bool = True, set_up: bool = False) -> None:
         """Get ready for writes from above: the store grows first, then mark and header say open.
 
         The store takes the smaller of the bytes still to preserve and half of the free space.
+
+        Args:
+            grow: False serves the volume as it is: for a replay.
+            set_up: Give a volume without snapshots its store now, with room as if one had just been taken.
         """
         if self.outside_write:
             self.require_trusted()
@@ -682,20 +688,26 @@ class Volume:
             fs = self.filesystem()
             fs.require_supported()
             require_clean(fs, self.path)
-            if self.store is None:
+            if self.store is None and set_up:
                 edit.set_up(self)
-            engine, store = self.require_engine(), self.require_store()
-            geometry = fs.geometry
-            half = max(0, geometry.free_blocks - geometry.reserved_blocks) // 2
-            needed = int(np.bitwise_count(engine.need_bits).sum()) if engine.snapshots else geometry.blocks_count
-            edit.grow(self, min(needed + MINIMUM_ROOM + engine.reserve() - store.available, half))
-            if not engine.snapshots:
-                self.settle()
+            if self.store is not None:
+                self._grow_ahead()
         self.serving = True
         if self.engine is not None:
             self._copied_before = self.require_store().available
             if self.engine.snapshots:
                 self._open_header()
+
+    def _grow_ahead(self) -> None:
+        """Grow the store to what the session ahead may need, and bring a volume without snapshots to rest."""
+        engine, store = self.require_engine(), self.require_store()
+        geometry = self.filesystem().geometry
+        half = max(0, geometry.free_blocks - geometry.reserved_blocks) // 2
+        preserve = engine.need_bits if engine.snapshots else self.preserved_now()
+        needed = int(np.bitwise_count(preserve).sum(dtype=np.int64))
+        edit.grow(self, min(needed + MINIMUM_ROOM + engine.reserve() - store.available, half))
+        if not engine.snapshots:
+            self.settle()
 
     def end_serving(self) -> bool:
         """Bring the image to rest after serving.
