@@ -537,10 +537,17 @@ def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
     for name, data in content.items():
         (mnt / name).parent.mkdir(exist_ok=True)
         (mnt / name).write_bytes(data)
-    sh(
-        "fio", "--name=x", f"--filename={mnt}/fio", "--size=6M", "--rw=randwrite", "--bs=4k", "--ioengine=psync",
-        "--fsync=100", "--verify=crc32c", "--do_verify=1",
-    )  # fmt: skip
+    scattered = bytearray(6 << 20)
+    with open(mnt / "scattered", "w+b") as file:
+        file.write(scattered)
+        for number in range(1500):
+            at, piece = rng.randrange(len(scattered) // 4096) * 4096, rng.randbytes(4096)
+            scattered[at : at + 4096] = piece
+            file.seek(at)
+            file.write(piece)
+            if number % 100 == 99:
+                file.flush()
+                os.fsync(file.fileno())
     for name in list(content)[::3]:
         (mnt / name).unlink()
         del content[name]
@@ -551,7 +558,7 @@ def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
         assert served["mounts"] == [str(mnt)]
         with pytest.raises(VolumeBusy, match=f"not supported yet.*mounted at {mnt}.*unmount first"):
             commands.call("create", name="live")
-    sums = {name: sha(mnt / name) for name in [*content, "fio"]}
+    sums = {name: sha(mnt / name) for name in [*content, "scattered"]}
     session.umount(str(mnt))
     assert not alive(pid)
     place.fsck()
@@ -560,6 +567,7 @@ def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
     try:
         assert {name: sha(mnt / name) for name in sums} == sums
         assert {name: (mnt / name).read_bytes() for name in content} == content
+        assert (mnt / "scattered").read_bytes() == scattered
     finally:
         sh("umount", str(mnt))
 
