@@ -5,6 +5,7 @@ Modules beside this file (`oracle`) and in ``tools/`` (`images`) are imported by
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def fresh_image(tmp_path: Path) -> Callable[[str], Path]:
         return oracle.copy_image(images.image(name), tmp_path / f"{name}{f'-{number}' if number else ''}.img")
 
     return copy
+
+
+@pytest.fixture
+def fixture_image(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a new writable copy of an image of ``tests/fixtures``, by its name there without ``.img.gz``."""
+
+    def unpack(name: str) -> Path:
+        path = tmp_path / f"{name}.img"
+        path.write_bytes(gzip.decompress((HERE / "fixtures" / f"{name}.img.gz").read_bytes()))
+        return path
+
+    return unpack
 
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
