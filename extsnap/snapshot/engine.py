@@ -254,7 +254,7 @@ class Engine:
         """Copies that one batch can record in an empty log, whatever masks they have."""
         each = _RECORD_BYTES + 8 * self.masks.words
         room: int = self.store.log_bytes - fmt.BATCH_HEADER - fmt.SECTOR
-        return max(1, int(room) // each)
+        return max(1, room // each)
 
     def reserve(self) -> int:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""

@@ -37,7 +37,7 @@ class MaskTable:
 
     def __init__(self, rows: Words | None = None, words: int = 1) -> None:
         rows = np.zeros((0, words), np.uint64) if rows is None else rows
-        self.words = rows.shape[1]
+        self.words: int = rows.shape[1]
         self._rows = rows
         self.count = len(rows)
         self._ids = {row.tobytes(): index for index, row in enumerate(rows)}
