@@ -42,7 +42,8 @@ from extsnap.serve.contract import EngineVolume, load_factory
 from extsnap.serve.fuse import FuseFiles, Unmounted
 
 _PR_SET_IO_FLUSHER = 57
-_FUSE_BURST = 64  # requests between two looks at the control socket
+_FUSE_BURST = 1024  # looks for a request between two at the control socket
+_FUSE_SPIN = 50  # looks in vain before going to sleep: waking up costs more than the request that wakes
 _MAX_CLIENTS = 64
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -202,8 +203,11 @@ class Server:
             try:
                 for fd, event in poll(self._timeout()):
                     if fd == fuse_fd:
+                        misses = 0
                         for _ in range(_FUSE_BURST):
-                            if not serve_one():
+                            if serve_one():
+                                misses = 0
+                            elif (misses := misses + 1) > _FUSE_SPIN:
                                 break
                     else:
                         self._attend(fd, event)

@@ -142,7 +142,6 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     fs.add_entry(ROOT_INODE, DIRECTORY_NAME, directory, FT_DIRECTORY)
     root = fs.inode(ROOT_INODE)
     root.i_links_count += 1
-    root.i_mtime = root.i_ctime = now
     fs.write_inode(ROOT_INODE, root)
     return Place(directory, store, directory_block), extents, mapping
 
@@ -249,5 +248,4 @@ def remove(fs: Filesystem, now: int) -> None:
         fs.free_inode(number, directory=is_directory)
     root = fs.inode(ROOT_INODE)
     root.i_links_count -= 1
-    root.i_mtime = root.i_ctime = now
     fs.write_inode(ROOT_INODE, root)
