@@ -230,10 +230,8 @@ class Engine:
             self.index.count_write(start - self.shift, stop - start)
             return
         if self._owned.find(1, start, stop) >= 0:
-            raise StoreProtected(
-                f"a write to {length} bytes at byte {offset} hits the store of the snapshots",
-                hint="leave /.extsnap alone, or remove it with extsnap strip",
-            )
+            self._write_around_store(offset, memoryview(data), start, stop)
+            return
         view = memoryview(data)
         if length <= PIECE_BYTES:
             self._hold(offset, view)
@@ -245,6 +243,32 @@ class Engine:
             piece = min(PIECE_BYTES - position % PIECE_BYTES, offset + length - position)
             self._hold(position, view[position - offset : position - offset + piece])
             position += piece
+
+    def _write_around_store(self, offset: int, data: memoryview, start: int, stop: int) -> None:
+        """Write all but the store's blocks, if those get the zeros that they read as.
+
+        The kernel's page cache writes whole pages: with blocks smaller than a page, a write to a block of the
+        volume brings the neighbours along as they were read.
+
+        Raises:
+            StoreProtected: The store's blocks would get anything else; nothing was written.
+        """
+        parts = []
+        begin = 0
+        for position, count in runs_of(set_positions(self._owned_bits, start, stop)).tolist():
+            low = max(0, ((position - self.shift) << self._bits) - offset)
+            high = min(len(data), ((position + count - self.shift) << self._bits) - offset)
+            if np.frombuffer(data[low:high], np.uint8).any():
+                raise StoreProtected(
+                    f"a write to {len(data)} bytes at byte {offset} hits the store of the snapshots",
+                    hint="leave /.extsnap alone, or remove it with extsnap strip",
+                )
+            parts.append((begin, low))
+            begin = high
+        parts.append((begin, len(data)))
+        self._make_room(self._cost(start, stop), start, stop)
+        for low, high in parts:
+            self.pwrite(offset + low, data[low:high])
 
     def _cost(self, start: int, stop: int) -> int:
         return self._need.count(1, start, stop)

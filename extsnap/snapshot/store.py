@@ -104,6 +104,21 @@ class Root:
         mapping = np.stack([self.mapping, np.ones_like(self.mapping)], axis=1)
         return merge_runs(np.concatenate([self.extents[:, 1:], mapping]))
 
+    def verify_places(self) -> None:
+        """Refuse a root whose log or blobs lie outside the store, before anything is allocated for them.
+
+        Raises:
+            StoreDamaged: Names which.
+        """
+        size = int((self.extents[:, 0] + self.extents[:, 2]).max()) if len(self.extents) else 0
+        if not 0 <= self.log_start <= self.log_start + self.log_blocks <= size or self.size_blocks > 2 * size + 8:
+            raise StoreDamaged("root: the log lies outside the store")
+        for (kind, key), blob in self.blobs.items():
+            runs = blob.runs
+            outside = len(runs) and (runs.min() < 0 or runs.max() > size or runs.sum(axis=1).max() > size)
+            if outside or (len(runs) and runs[:, 1].sum() > size):
+                raise StoreDamaged(f"root: blob {kind}.{key} lies outside the store")
+
     def build(self) -> bytes:
         """The root's bytes: its sections."""
         section = fmt.Section
@@ -214,6 +229,7 @@ class Root:
             raise StoreDamaged(f"root: section {error} is missing") from error
         except (construct.ConstructError, ValueError) as error:
             raise StoreDamaged(f"root: {error}") from error
+        root.verify_places()
         if len(root.mapping) and (root.mapping.min() < 0 or root.mapping.max() >= device_blocks):
             raise StoreDamaged("root: a mapping block lies outside the volume")
         return root
@@ -230,9 +246,12 @@ def _parse_extents(raw: bytes, device_blocks: int) -> Extents:
     extents = np.stack([table["logical"], table["physical"], table["length"]], axis=1).astype(np.int64)
     if not len(extents):
         return NO_EXTENTS
-    if extents.min() < 0 or (extents[:, 2] < 1).any() or (extents[:, 2] > device_blocks).any():
+    if extents.min() < 0 or (extents[:, 2] < 1).any() or extents.max() > device_blocks:
         raise StoreDamaged("extents: a length or an address is impossible")
     ends = extents[:, 0] + extents[:, 2]
+    # Holes are filled before the file grows, so the store is never longer than the volume.
+    if ends.max() > device_blocks:
+        raise StoreDamaged("extents: the store is longer than the volume")
     by_physical = extents[np.argsort(extents[:, 1], kind="stable")]
     overlaps = (by_physical[:-1, 1] + by_physical[:-1, 2] > by_physical[1:, 1]).any()
     if (ends[:-1] > extents[1:, 0]).any() or overlaps or (extents[:, 1] + extents[:, 2]).max() > device_blocks:

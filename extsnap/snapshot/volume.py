@@ -202,7 +202,8 @@ class Volume:
                 raise StoreDamaged(
                     f"{self.path} carries the dirty mark but no store can be found", hint="run e2fsck on a copy of it"
                 )
-            self.medium.set_offsets(self.superblock_offsets(fs))
+            # A plain volume: its superblocks pass as they are, a read-only feature of the user's own included.
+            self.medium.offsets = []
             return
         store = Store.load(self.medium.device, slots, self.block_size)
         self.medium.set_offsets(store.root.superblocks)
@@ -365,6 +366,7 @@ class Volume:
     def forget_store(self) -> None:
         """The store is gone from the filesystem: take guard, mark and pointer away in one write each."""
         self.medium.set_state(SuperblockState())
+        self.medium.offsets = []
         self.store = self.engine = None
 
     def settle(self) -> None:
