@@ -1,0 +1,351 @@
+"""Devices for tests: in memory, one that records what is written, one that fails, and power cuts from a record.
+
+The fault model of a power cut: **any unsynced 512-byte sector of any write may persist or not, in any order between
+barriers; the 1,024 bytes of a superblock are written atomically.**  From it follows what `crash_state` does:
+
+* Everything before the last `flush` that had returned is on the medium.
+* Of what was issued after it, a sector has its content from before, or from after any one of the operations that
+  touched it.  Each operation decides for each of its sectors by itself, so that a later write may be there
+  without an earlier one, and half a block without the other half.
+* An operation that touches part of a sector puts the whole sector on the medium as it was when the operation was
+  issued, for a medium knows no parts of sectors.
+* Both sectors of a superblock share one decision.
+
+A state is named by the number of operations issued and a seed: the same two numbers give the same bytes again, so a
+failing test needs to print nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from extsnap.blockdev.base import Buffer, Device
+
+SECTOR = 512
+SUPERBLOCK_BYTES = 1024
+#: Offsets of the superblocks that a volume surely has: the primary.
+PRIMARY = (1024,)
+
+OperationKind = Literal["read", "write", "punch", "flush"]
+FaultKind = Literal["EIO", "ENOSPC", "short", "gone"]
+
+
+class MemoryDevice:
+    """A device over a bytearray.
+
+    Args:
+        content: The bytes, which are copied, or a size in bytes for a device of zeros.
+
+    Attributes:
+        content: What the device holds.
+        size: Bytes.
+    """
+
+    def __init__(self, content: Buffer | int) -> None:
+        self.content = bytearray(content)
+        self.size = len(self.content)
+
+    def _range(self, offset: int, length: int) -> slice:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"{length} bytes at {offset} leave the device of {self.size}")
+        return slice(offset, offset + length)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes; ValueError past the end."""
+        return bytes(self.content[self._range(offset, length)])
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``; ValueError past the end."""
+        buffer[:] = self.content[self._range(offset, len(buffer))]
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``; ValueError past the end."""
+        self.content[self._range(offset, len(data))] = data
+
+    def punch(self, offset: int, length: int) -> None:
+        """Zeros."""
+        self.content[self._range(offset, length)] = bytes(length)
+
+    def flush(self) -> None:
+        """Nothing to do: what is written is there."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One entry of a record.
+
+    Attributes:
+        kind: "write", "punch" or "flush".
+        offset: First byte; 0 for a flush.
+        length: Bytes; 0 for a flush.
+        data: What was written; empty for the others.
+    """
+
+    kind: OperationKind
+    offset: int = 0
+    length: int = 0
+    data: bytes = b""
+
+
+class RecordingDevice:
+    """Passes everything on, and keeps every write, punch and flush that the device below took.
+
+    Attributes:
+        initial: What the device below held when recording began.
+        log: The operations, in the order in which they returned.
+        size: Bytes.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.size = device.size
+        self.initial = device.pread(0, device.size)
+        self.log: list[Operation] = []
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read from the device below."""
+        return self._device.pread(offset, length)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read from the device below."""
+        self._device.readinto(offset, buffer)
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write to the device below, and record it."""
+        self._device.pwrite(offset, data)
+        self.log.append(Operation("write", offset, len(data), bytes(data)))
+
+    def punch(self, offset: int, length: int) -> None:
+        """Punch the device below, and record it."""
+        self._device.punch(offset, length)
+        self.log.append(Operation("punch", offset, length))
+
+    def flush(self) -> None:
+        """Flush the device below, and record the barrier."""
+        self._device.flush()
+        self.log.append(Operation("flush"))
+
+    def crash_states(
+        self,
+        rng: random.Random,
+        *,
+        superblocks: Iterable[int] = PRIMARY,
+        points: Iterable[int] | None = None,
+        variants: int = 1,
+    ) -> Iterator[CrashState]:
+        """`crash_states` of this record."""
+        return crash_states(self.initial, self.log, rng, superblocks=superblocks, points=points, variants=variants)
+
+
+@dataclass(frozen=True)
+class CrashState:
+    """What a medium may hold after a power cut.
+
+    Attributes:
+        point: Operations of the record that had been issued.
+        seed: What decided about the unsynced ones.
+        content: The medium.
+    """
+
+    point: int
+    seed: int
+    content: bytearray
+
+    def __repr__(self) -> str:
+        return f"CrashState(point={self.point}, seed={self.seed})"
+
+
+def crash_states(
+    initial: Buffer,
+    log: Sequence[Operation],
+    rng: random.Random,
+    *,
+    superblocks: Iterable[int] = PRIMARY,
+    points: Iterable[int] | None = None,
+    variants: int = 1,
+) -> Iterator[CrashState]:
+    """Media after power cuts, in the order of the record.
+
+    Args:
+        initial: The medium when recording began.
+        log: The record.
+        rng: Source of the seeds.
+        superblocks: Byte offsets of all superblocks, primary and backups.
+        points: Where to cut, as numbers of issued operations; by default everywhere, 0 and the whole record included.
+        variants: States for each point.
+    """
+    medium = _Medium(initial, superblocks)
+    wanted = sorted(set(range(len(log) + 1) if points is None else points))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(log):
+        raise ValueError(f"a cut at {wanted[0]} or {wanted[-1]} in a record of {len(log)} operations")
+    issued = 0
+    for point in wanted:
+        for operation in log[issued:point]:
+            medium.issue(operation)
+        issued = point
+        for _ in range(variants):
+            seed = rng.getrandbits(32)
+            yield CrashState(point, seed, medium.cut(seed))
+
+
+def crash_state(
+    initial: Buffer, log: Sequence[Operation], point: int, seed: int, *, superblocks: Iterable[int] = PRIMARY
+) -> CrashState:
+    """One state again, by its point and seed; see `crash_states`."""
+    medium = _Medium(initial, superblocks)
+    for operation in log[:point]:
+        medium.issue(operation)
+    return CrashState(point, seed, medium.cut(seed))
+
+
+@dataclass(frozen=True)
+class _Unsynced:
+    """Whole sectors, as they were right after one operation: first byte and content."""
+
+    start: int
+    content: bytes
+
+
+class _Medium:
+    """A medium with a volatile write cache: what is durable, and what is not yet."""
+
+    def __init__(self, initial: Buffer, superblocks: Iterable[int]) -> None:
+        self._durable = bytearray(initial)
+        self._issued = bytearray(initial)
+        self._unsynced: list[_Unsynced] = []
+        self._superblocks = np.unique(np.fromiter(superblocks, np.int64))
+        if (self._superblocks % SECTOR).any():
+            raise ValueError("a superblock begins at a sector")
+
+    def issue(self, operation: Operation) -> None:
+        """Take the next operation of the record."""
+        if operation.kind == "flush":
+            for unsynced in self._unsynced:
+                self._durable[unsynced.start : unsynced.start + len(unsynced.content)] = unsynced.content
+            self._unsynced.clear()
+            return
+        start, end = operation.offset, operation.offset + operation.length
+        if start < 0 or end > len(self._issued):
+            raise ValueError(f"{operation.length} bytes at {start} leave the medium of {len(self._issued)}")
+        if start == end:
+            return
+        self._issued[start:end] = operation.data if operation.kind == "write" else bytes(operation.length)
+        start, end = start // SECTOR * SECTOR, min(-(-end // SECTOR) * SECTOR, len(self._issued))
+        # A write into one half of a superblock is one of the whole.
+        for touched in self._superblocks_in(start, end):
+            start, end = min(start, touched), max(end, min(touched + SUPERBLOCK_BYTES, len(self._issued)))
+        self._unsynced.append(_Unsynced(start, bytes(self._issued[start:end])))
+
+    def _superblocks_in(self, start: int, end: int) -> list[int]:
+        low, high = np.searchsorted(self._superblocks, [start - SUPERBLOCK_BYTES + 1, end])
+        return [int(offset) for offset in self._superblocks[low:high]]
+
+    def cut(self, seed: int) -> bytearray:
+        """The medium if the power fails now."""
+        rng = np.random.default_rng(seed)
+        content = bytearray(self._durable)
+        target = np.frombuffer(content, np.uint8)
+        # Even odds alone would leave long runs of writes that are all there, or all lost, to chance.
+        share = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0], p=[0.1, 0.2, 0.4, 0.2, 0.1])
+        whole = bool(rng.integers(2))
+        for unsynced in self._unsynced:
+            length = len(unsynced.content)
+            sectors = -(-length // SECTOR)
+            persists: npt.NDArray[np.bool_] = rng.random(sectors) < share
+            if whole and share not in (0.0, 1.0):
+                persists[:] = persists[0]
+            for superblock in self._superblocks_in(unsynced.start, unsynced.start + length):
+                first = (superblock - unsynced.start) // SECTOR
+                persists[first + 1 : first + 2] = persists[first]
+            bytes_persist = np.repeat(persists, SECTOR)[:length]
+            part = target[unsynced.start : unsynced.start + length]
+            part[bytes_persist] = np.frombuffer(unsynced.content, np.uint8)[bytes_persist]
+        return content
+
+
+class FaultyDevice:
+    """Passes everything on but the Nth operation, which fails.
+
+    Args:
+        device: The device below.
+        fail_at: Which operation fails, counted from 1; 0 for none, which is how to count them.
+        kind: "EIO" or "ENOSPC": nothing is done.  "short": a write or punch does its first half, then EIO.
+            "gone": EIO, for this and every later operation, reads included: a cable pulled.
+        operations: What is counted, and may fail.
+
+    Attributes:
+        count: Operations so far.
+        failures: How many of them failed.
+        size: Bytes.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        fail_at: int,
+        kind: FaultKind = "EIO",
+        operations: Iterable[OperationKind] = ("write", "punch", "flush"),
+    ) -> None:
+        self._device = device
+        self._fail_at = fail_at
+        self._kind = kind
+        self._operations = frozenset(operations)
+        self.count = 0
+        self.failures = 0
+        self.size = device.size
+
+    def _fails(self, operation: OperationKind) -> bool:
+        """Count one operation; true if it is to fail."""
+        gone = self._kind == "gone" and self.failures > 0
+        if operation in self._operations:
+            self.count += 1
+            gone = gone or self.count == self._fail_at
+        self.failures += gone
+        return gone
+
+    def _error(self, operation: OperationKind, offset: int, length: int) -> OSError:
+        number = errno.ENOSPC if self._kind == "ENOSPC" else errno.EIO
+        return OSError(number, f"{operation} of {length} bytes at byte {offset} failed: {os.strerror(number)}")
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read from the device below, or fail."""
+        if self._fails("read"):
+            raise self._error("read", offset, length)
+        return self._device.pread(offset, length)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read from the device below, or fail."""
+        if self._fails("read"):
+            raise self._error("read", offset, len(buffer))
+        self._device.readinto(offset, buffer)
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write to the device below, or fail."""
+        if self._fails("write"):
+            if self._kind == "short":
+                self._device.pwrite(offset, memoryview(data)[: len(data) // 2])
+            raise self._error("write", offset, len(data))
+        self._device.pwrite(offset, data)
+
+    def punch(self, offset: int, length: int) -> None:
+        """Punch the device below, or fail."""
+        if self._fails("punch"):
+            if self._kind == "short":
+                self._device.punch(offset, length // 2)
+            raise self._error("punch", offset, length)
+        self._device.punch(offset, length)
+
+    def flush(self) -> None:
+        """Flush the device below, or fail: then nothing is promised of what came before."""
+        if self._fails("flush"):
+            raise self._error("flush", 0, 0)
+        self._device.flush()
