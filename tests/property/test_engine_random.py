@@ -1,0 +1,403 @@
+"""Random work on engine and store alone, without a filesystem, against plain bytearrays.
+
+Without a filesystem a run is cheap, so here are the shapes that a small ext volume does not have: two and four
+words of counting bitmap, a store of a few blocks that is full most of the time, group rows of 512 blocks that
+writes cross, a first data block, a ragged last block, hundreds of batches in a log of a few blocks.
+
+A snapshot here preserves whatever the test says.  Every run is seeded, and its seed is in the test's name.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import lab
+import numpy as np
+import pytest
+from lab import BLOCK, Flags, MemoryDevice
+
+from extsnap.arrays import runs_of, set_runs
+from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.engine import Engine
+from extsnap.snapshot.medium import Medium
+from extsnap.snapshot.store import Root, Store
+from extsnap.snapshot.view import View
+
+TAIL = 300
+LOG_BLOCKS = 24
+
+
+@dataclass
+class Moment:
+    """The model of a snapshot: what it preserves, and the base then."""
+
+    preserved: Flags
+    content: bytes
+
+
+class Bench:
+    """An engine over a store in memory, the model beside it, and the commands of `Volume` in their bare form."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        blocks: int = 4000,
+        store: tuple[tuple[int, int], ...] = ((100, 200), (1000, 300), (2000, 700)),
+        first_data_block: int = 1,
+        blocks_per_group: int = 512,
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.device = MemoryDevice(bytes(blocks * BLOCK + TAIL))
+        self.count = blocks + 1
+        self.geometry = (blocks_per_group, first_data_block)
+        # Logical blocks with a hole between the extents, as a store that gave space back has them.
+        extents, logical = [], 0
+        for physical, length in store:
+            extents.append((logical, physical, length))
+            logical += length + 20
+        self.owned = lab.flags(self.count, lab.spread(np.array(store, np.int64)))
+        root = Root(
+            store_uuid=b"a" * 16,
+            fs_uuid=b"b" * 16,
+            block_size=BLOCK,
+            extents=np.array(extents, np.int64),
+            size_blocks=logical,
+            log_blocks=LOG_BLOCKS,
+        )
+        self.store = Store(self.device, root)
+        self.store.mark_used(np.arange(2 + LOG_BLOCKS))
+        self.store.commit()
+        self.base = bytearray(self.device.size)
+        self.snapshots: list[fmt.Snapshot] = []
+        self.moments: dict[int, Moment] = {}
+        self.refused = 0
+        self.engine = self.opened()
+
+    def opened(self) -> Engine:
+        engine = Engine(Medium(self.device), self.store, *self.geometry, list(self.snapshots))
+        engine.load()
+        engine.pin()
+        engine.rebuild_need()
+        return engine
+
+    # -- what is done to both ----------------------------------------------------------------------------
+
+    def is_owned(self, offset: int) -> bool:
+        return bool(self.owned[offset // BLOCK])
+
+    def hits_store(self, offset: int, data: bytes) -> bool:
+        """Whether a block of the store would get anything but the zeros that it reads as."""
+        blocks = np.arange(offset, offset + len(data)) // BLOCK
+        return bool((self.owned[blocks] & (np.frombuffer(data, np.uint8) != 0)).any())
+
+    def write(self, offset: int, data: bytes) -> None:
+        try:
+            self.engine.pwrite(offset, data)
+        except StoreProtected:
+            assert self.hits_store(offset, data)
+        except VolumeFull:
+            self.refused += 1
+        else:
+            assert not self.hits_store(offset, data)
+            self.base[offset : offset + len(data)] = data
+
+    def punch(self, offset: int, length: int) -> None:
+        try:
+            self.engine.punch(offset, length)
+        except VolumeFull:
+            self.refused += 1
+        else:
+            self.base[offset : offset + length] = bytes(length)
+
+    def create(self, preserved: Flags) -> bool:
+        """What `Volume.stage_snapshot` and `commit_snapshot` do, with a bitmap of the test's."""
+        engine, store = self.engine, self.store
+        engine.flush()
+        bitmaps = np.zeros((engine.rows, engine.row_bytes), np.uint8)
+        set_runs(bitmaps.reshape(-1), runs_of(np.flatnonzero(preserved)) + np.array([engine.shift, 0]))
+        rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
+        changed = bitmaps[rows]
+        which = engine.history.needs_block(changed)
+        if store.available < engine.reserve() + int(which.sum()) + 50:
+            return False
+        refs = store.allocate(int(which.sum()))
+        padded = np.zeros((len(refs), BLOCK), np.uint8)
+        padded[:, : engine.row_bytes] = changed[which]
+        store.write_blocks(refs, padded.reshape(-1).data)
+        number = store.root.next_id
+        engine.history.add(number, rows, changed, refs)
+        bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
+        assert bit not in {snapshot.bit for snapshot in self.snapshots}
+        kind, consistency, state = fmt.Kind.MANUAL, fmt.Consistency.CLEAN, fmt.State.OK
+        used = int(preserved.sum())
+        snapshot = fmt.Snapshot(number, bit, f"s{number}", "", kind, consistency, state, 0, self.device.size, used)
+        store.root.counting |= 1 << bit
+        store.root.next_id += 1
+        engine.write_history()
+        store.commit()
+        self.snapshots.append(snapshot)
+        engine.set_snapshots(list(self.snapshots))
+        engine.need_bits |= bitmaps.reshape(-1)
+        self.moments[number] = Moment(preserved, bytes(self.base))
+        return True
+
+    def delete(self, snapshot: fmt.Snapshot) -> None:
+        """What `Volume.delete` does."""
+        engine, store = self.engine, self.store
+        engine.commit()
+        self.snapshots.remove(snapshot)
+        del self.moments[snapshot.id]
+        store.root.counting &= ~(1 << snapshot.bit)
+        engine.set_snapshots(list(self.snapshots))
+        engine.purge()
+        store.release(engine.history.collect())
+        engine.write_history()
+        engine.fold(commit=False)
+        store.commit()
+
+    def reopen(self) -> None:
+        """A new process finds the same store: not a block more or less in use."""
+        self.engine.flush()
+        slots, available = (self.store.slot_block(0), self.store.slot_block(1)), self.store.available
+        self.store = Store.load(self.device, slots, BLOCK)
+        self.engine = self.opened()
+        assert self.store.available == available
+
+    # -- what must hold ----------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Base and views are their models; the records are those of the snapshots, and of nothing else."""
+        found = self.engine.pread(0, self.device.size)
+        wrong = np.flatnonzero(lab.unequal(found, self.base))
+        assert not len(wrong), f"blocks {wrong[:10].tolist()} of the base"
+        for snapshot in self.snapshots:
+            moment = self.moments[snapshot.id]
+            seen = View(self.engine, snapshot).pread(0, self.device.size)
+            wrong = np.flatnonzero(lab.unequal(seen, moment.content) & moment.preserved)
+            assert not len(wrong), f"{snapshot.name}: blocks {wrong[:10].tolist()}"
+            stray = np.flatnonzero(lab.unequal(seen, bytes(len(seen))) & ~moment.preserved)
+            assert not len(stray), f"{snapshot.name}: stray blocks {stray[:10].tolist()}"
+        self.verify_records()
+
+    def verify_records(self) -> None:
+        bits = self.engine.masks.bits()
+        seen = {snapshot.bit: np.zeros(self.count, np.bool_) for snapshot in self.snapshots}
+        copies: list[np.ndarray] = []
+        for level in self.engine.index.levels:
+            assert (np.diff(level.block) >= 0).all()
+            for at in range(len(level)):
+                run = slice(int(level.block[at]), int(level.block[at] + level.length[at]))
+                names = [snapshot for snapshot in self.snapshots if bits[level.mask[at]][snapshot.bit]]
+                assert names, "a record that no snapshot needs"
+                for snapshot in names:
+                    assert not seen[snapshot.bit][run].any(), f"two records of {run} for {snapshot.name}"
+                    seen[snapshot.bit][run] = True
+                    assert self.moments[snapshot.id].preserved[run].all(), f"{snapshot.name} needs no record of {run}"
+                if level.copy[at] >= 0:
+                    copies.append(np.arange(level.copy[at], level.copy[at] + level.length[at]))
+        if copies:
+            taken = np.concatenate(copies)
+            assert len(np.unique(taken)) == len(taken), "a copy block of two records"
+            self.store.physical(taken)
+
+    # -- random work -------------------------------------------------------------------------------------
+
+    def some_blocks(self) -> Flags:
+        """Clusters of 16 blocks, and now and then a whole row of ones or zeros; never the store's."""
+        rng = self.rng
+        flags = np.repeat([rng.random() < 0.5 for _ in range(0, self.count, 16)], 16)[: self.count]
+        for row in range(self.count // 512):
+            if rng.random() < 0.2:
+                flags[row * 512 + 1 : (row + 1) * 512 + 1] = rng.random() < 0.5
+        return np.asarray(flags & ~self.owned)
+
+    def random_write(self) -> None:
+        rng = self.rng
+        length = rng.choice([1, 100, 1024, 2048, 5000, 30000])
+        offset = rng.randrange(self.device.size - length + 1)
+        if rng.random() < 0.1:
+            offset = self.device.size - length  # the ragged end
+        elif rng.random() < 0.5:
+            offset = offset // BLOCK * BLOCK
+        data = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
+        if rng.random() < 0.2:  # as the kernel's page cache does: whole pages, the neighbours as they were read
+            end = min(-(-(offset + length) // 4096) * 4096, self.device.size)
+            begin = offset // 4096 * 4096
+            if not self.hits_store(offset, data):
+                data = bytes(self.base[begin:offset]) + data + bytes(self.base[offset + length : end])
+                offset = begin
+        self.write(offset, data)
+
+    def random_punch(self) -> None:
+        length = self.rng.randrange(1, 40000)
+        self.punch(self.rng.randrange(self.device.size - length), length)
+
+    def random_delete(self) -> None:
+        if self.snapshots:
+            self.delete(self.rng.choice(self.snapshots))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("most", [4, 80], ids=["few", "many"])
+def test_random_work(seed: int, most: int) -> None:
+    """Writes, punches, snapshots, deletes, flushes and reopening, until the store is full and beyond."""
+    bench = Bench(seed, first_data_block=seed % 2)
+    # Without deletes and reopening the store fills up; with them it lives on.
+    top = bench.rng.choice([0.84, 0.9, 1])
+    for step in range(400):
+        dice = bench.rng.random() * top
+        if dice < 0.66:
+            bench.random_write()
+        elif dice < 0.74:
+            bench.random_punch()
+        elif dice < 0.84:
+            if len(bench.snapshots) < most:
+                bench.create(bench.some_blocks())
+        elif dice < 0.9:
+            bench.random_delete()
+        elif dice < 0.95:
+            bench.engine.flush()
+        else:
+            bench.reopen()
+        if step % 50 == 49:
+            bench.verify()
+    bench.reopen()
+    bench.verify()
+
+
+def test_a_full_store_refuses_writes_and_keeps_every_snapshot() -> None:
+    """Refused writes change nothing; a delete makes room again."""
+    bench = Bench(5, store=((100, 260),))
+    preserved = ~bench.owned
+    bench.write(400 * BLOCK, bench.rng.randbytes(600 * BLOCK))
+    assert bench.create(preserved)
+    for block in range(400, 1000, 3):
+        bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
+    assert bench.refused
+    bench.verify()
+    bench.engine.flush()
+    bench.verify()
+    bench.reopen()
+    bench.verify()
+    refused = bench.refused
+    bench.write(1000 * BLOCK, bytes(10))  # zeros are recorded without a copy, but room is asked for first
+    bench.punch(400 * BLOCK, 600 * BLOCK)
+    assert bench.refused > refused
+    bench.verify()
+    bench.delete(bench.snapshots[0])
+    refused = bench.refused
+    bench.write(400 * BLOCK, bench.rng.randbytes(600 * BLOCK))
+    assert bench.refused == refused
+    bench.reopen()
+    bench.verify()
+
+
+def test_zeros_have_a_record_and_no_copy() -> None:
+    """A block of zeros costs no block of the store, and a run of them one record."""
+    bench = Bench(6)
+    assert bench.create(~bench.owned)
+    available = bench.store.available
+    bench.write(1400 * BLOCK, bench.rng.randbytes(300 * BLOCK))
+    bench.engine.flush()
+    assert bench.store.available == available
+    assert [
+        (level.block.tolist(), level.length.tolist(), level.copy.tolist()) for level in bench.engine.index.levels
+    ] == [([1400], [300], [fmt.ZERO_COPY])]
+    bench.verify()
+
+
+def test_a_write_across_rows_and_the_ragged_end() -> None:
+    """One write over every group row behind the store, to the last byte of the volume."""
+    bench = Bench(7)
+    offset = 2700 * BLOCK + 77
+    bench.write(offset, bench.rng.randbytes(bench.device.size - offset))
+    flags = np.zeros(bench.count, np.bool_)
+    flags[2700::3] = True
+    flags[-1] = True
+    assert bench.create(flags)
+    bench.write(offset - 100, bench.rng.randbytes(bench.device.size - offset + 100))
+    bench.verify()
+    bench.reopen()
+    bench.verify()
+
+
+def test_two_hundred_snapshots() -> None:
+    """Masks of four words; copies shared by many; deletes in random order until nothing is left."""
+    bench = Bench(8, store=((100, 200), (1000, 1800)))
+    free = bench.store.available
+    for number in range(200):
+        bench.write((300 + number % 7) * BLOCK, bench.rng.randbytes(3 * BLOCK))
+        flags = np.zeros(bench.count, np.bool_)
+        flags[301 : 330 + number % 5] = True
+        assert bench.create(flags)
+        if number in (70, 199):
+            bench.verify()
+    assert len(bench.snapshots) == 200
+    assert bench.engine.masks.words == 4
+    assert bench.store.root.counting == (1 << 200) - 1
+    available = bench.store.available
+    bench.write(322 * BLOCK, b"one copy for all of them")
+    bench.engine.flush()
+    assert available - bench.store.available <= 1  # block 322 was zeros or is copied once
+    bench.reopen()
+    bench.verify()
+    for number in range(200):
+        bench.random_delete()
+        if number in (50, 140):
+            bench.reopen()
+            bench.verify()
+            assert bench.create(lab.flags(bench.count, np.arange(500, 600)))
+            bench.delete(bench.snapshots[-1])
+    bench.reopen()
+    assert not len(bench.engine.index)
+    assert free - bench.store.available <= 16  # the mask table keeps the ids of masks that nobody has
+    bench.verify()
+
+
+def test_a_view_does_not_show_held_writes() -> None:
+    """What waits in memory is newer than every snapshot."""
+    bench = Bench(9)
+    bench.write(400 * BLOCK, b"old" * 1000)
+    assert bench.create(~bench.owned)
+    bench.write(400 * BLOCK, b"new" * 1000)
+    assert View(bench.engine, bench.snapshots[0]).pread(400 * BLOCK, 3000) == b"old" * 1000
+    assert bench.engine.pread(400 * BLOCK, 3000) == b"new" * 1000
+    assert bench.device.pread(400 * BLOCK, 3000) == b"old" * 1000
+    bench.verify()
+
+
+def test_a_damaged_copy_is_never_returned() -> None:
+    """A copy that fails its checksum fails the read, of this block and of no other."""
+    bench = Bench(10)
+    bench.write(400 * BLOCK, b"a" * 2 * BLOCK)
+    assert bench.create(~bench.owned)
+    bench.write(400 * BLOCK, b"b" * 2 * BLOCK)
+    bench.engine.flush()
+    (level,) = bench.engine.index.levels
+    at = int(bench.store.physical(level.copy)[0]) * BLOCK
+    bench.device.content[at + 5] ^= 1
+    view = View(bench.engine, bench.snapshots[0])
+    with pytest.raises(DamagedCopy, match="block 400"):
+        view.pread(400 * BLOCK, 10)
+    assert view.pread(401 * BLOCK, BLOCK) == b"a" * BLOCK
+
+
+def test_a_snapshot_keeps_its_place_in_the_table() -> None:
+    """A freed bit is taken again only after no mask bears it: a new snapshot reads nothing of the old one's."""
+    bench = Bench(11)
+    bench.write(400 * BLOCK, b"first" * 200)
+    assert bench.create(~bench.owned)
+    bench.write(400 * BLOCK, b"second" * 200)
+    assert bench.create(~bench.owned)
+    bench.write(400 * BLOCK, b"third" * 200)
+    bench.engine.flush()
+    old = bench.snapshots[0]
+    bench.delete(old)
+    assert bench.create(~bench.owned)
+    assert bench.snapshots[-1].bit == old.bit
+    bench.verify()
+    bench.reopen()
+    bench.verify()

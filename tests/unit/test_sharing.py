@@ -1,0 +1,107 @@
+"""Sharing and the journal: what one overwrite costs, and when ext itself gets the space back.
+
+Counts are dumpe2fs's, places debugfs's.
+"""
+
+from __future__ import annotations
+
+import random
+
+import lab
+import numpy as np
+import pytest
+from lab import BLOCK, MemoryDevice
+
+from extsnap.snapshot.volume import Volume
+
+SNAPSHOTS = 5
+
+
+def opened(device: MemoryDevice) -> Volume:
+    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
+    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
+
+
+def survey(volume: Volume) -> lab.Survey:
+    return lab.survey(volume.read(0, volume.size))
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+@pytest.mark.parametrize("seed", range(2))
+def test_one_copy_for_all_snapshots_that_share_a_block(kind: str, seed: int) -> None:
+    """Blocks overwritten once after N snapshots have one copy each, whose record has N names."""
+    device = MemoryDevice(lab.plain_image(kind))
+    volume = opened(device)
+    names = [f"s{number}" for number in range(SNAPSHOTS)]
+    for name in names:
+        volume.verb("create", name=name)
+    look = survey(volume)
+    file = np.flatnonzero(look.files)[40:72]
+    before = [device.pread(int(block) * BLOCK, BLOCK) for block in file]
+    volume.begin_serving(grow=False)
+    for _ in range(3):  # only the first of three overwrites copies
+        for block in file.tolist():
+            volume.write(block * BLOCK, random.Random(block).randbytes(BLOCK))
+        volume.flush()
+    assert volume.end_serving()
+    look = survey(volume)
+    where = {int(a) + i: int(b) + i for a, b, n in look.store.tolist() for i in range(n)}
+    found: dict[int, int | None] = {}
+    for record in volume.verb("dump", what="records")["records"]:
+        blocks = range(record["block"], record["block"] + record["length"])
+        mine = [block for block in blocks if block in file]
+        if not mine:
+            continue
+        assert sorted(record["snapshots"]) == names
+        assert record["writes"] >= 3
+        for block in mine:
+            assert block not in found, f"block {block} has two records"
+            found[block] = None if record["copy"] is None else record["copy"] + block - record["block"]
+    assert sorted(found) == file.tolist()
+    copies = [copy for copy in found.values() if copy is not None]
+    assert len(set(copies)) == len(copies)
+    for block, content in zip(file.tolist(), before, strict=True):
+        copy = found[block]
+        assert content == (bytes(BLOCK) if copy is None else device.pread(where[copy] * BLOCK, BLOCK))
+
+    # Deleting all but one snapshot frees none of the copies; deleting the last one frees them in ext's own counts.
+    rest = list(names)
+    random.Random(seed).shuffle(rest)
+    for name in rest[:-1]:
+        assert volume.verb("delete", names=[name])["freed_bytes"] < len(copies) * BLOCK
+        look = survey(volume)
+        assert look.in_use[[where[copy] for copy in copies]].all()
+        records = volume.verb("dump", what="records")["records"]
+        kept = {b for record in records for b in range(record["block"], record["block"] + record["length"])}
+        assert set(file.tolist()) <= kept
+    view = volume.open_view(rest[-1])
+    for block, content in zip(file.tolist(), before, strict=True):
+        assert view.pread(block * BLOCK, BLOCK) == content
+    free = look.free
+    assert volume.verb("delete", names=rest[-1:])["freed_bytes"] >= len(copies) * BLOCK
+    look = survey(volume)
+    assert look.free >= free + len(copies)
+    assert volume.verb("dump", what="records")["records"] == []
+    assert not lab.complaint(device.content)
+    mine = lab.spread(np.array(volume.verb("dump", what="bitmaps")["bitmaps"]["snapshot"], np.int64))
+    assert (lab.flags(len(look.in_use), mine) == look.store_all).all()
+
+    # Nothing of it stays behind: stripped, the volume has as many free blocks as before the first snapshot.
+    volume.verb("strip")
+    assert not lab.complaint(device.content)
+    assert lab.survey(device.content).free == lab.survey(lab.plain_image(kind)).free
+
+
+def test_the_journal_is_not_copied() -> None:
+    """Writes to the data blocks of an empty journal, and to free blocks, make no record."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.verb("create", name="one")
+    look = survey(volume)
+    before = volume.verb("dump", what="records")["records"]
+    volume.begin_serving(grow=False)
+    free = np.flatnonzero(~look.in_use)
+    for block in [*look.journal.tolist(), *free[:500].tolist()]:
+        volume.write(block * BLOCK, b"j" * BLOCK)
+    volume.flush()
+    assert volume.verb("dump", what="records")["records"] == before
