@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from extsnap.ondisk.directory import (
     entry_size,
     leaf_with_checksum,
 )
-from extsnap.ondisk.hashes import UNSIGNED, directory_hash
+from extsnap.ondisk.hashes import TEA, UNSIGNED, directory_hash
 from extsnap.ondisk.inode import InodeFlags
 from extsnap.ondisk.superblock import Incompat
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _UNSIGNED_HASH = 2
 _BLOCK_MASK = 0x0FFFFFFF
 FT_DIRECTORY = 2
+#: Hash, name, inode, file type.
+_Item = tuple[int, bytes, int, int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def parse_block(block: bytes, has_tail: bool) -> list[Entry]:
         name_length = block[at + 6] if at + 6 < end else 0
         if length in (0, 0xFFFF) and len(block) == 65536:
             length = 65536
-        if length < entry_size(name_length if inode else 0) or length % 4 or at + length > len(block):
+        if length < entry_size(name_length if inode else 0) or length % 4 or at + length > end:
             raise FormatError(f"rec_len {length} at byte {at} is impossible", structure="directory block")
         name = block[at + HEADER : at + HEADER + name_length]
         entries.append(Entry(at, inode, length, name, block[at + 7]))
@@ -112,6 +114,32 @@ class _Directory:
             raise FormatError(f"block {logical} of directory {self.ino} does not exist", structure="dx_entry")
         return self.fs.read_block(int(self.blocks[logical]))
 
+    def read_leaf(self, logical: int) -> bytes:
+        """A leaf that is about to be changed: a wrong checksum must not be made right by writing a new one."""
+        block = self.read(logical)
+        if self.has_tail and leaf_with_checksum(self.seed, block) != block:
+            self._bad_checksum(logical, "directory block", "det_checksum")
+        return block
+
+    def read_node(self, logical: int) -> bytes:
+        """A hash-tree root or node that is about to be changed; see `read_leaf`."""
+        block = self.read(logical)
+        if self.has_tail and dx_with_checksum(self.seed, block, _entries_at(logical)) != block:
+            self._bad_checksum(logical, "dx_tail", "dt_checksum")
+        return block
+
+    def _bad_checksum(self, logical: int, structure: str, field: str) -> NoReturn:
+        raise FormatError(
+            f"checksum of block {logical} of directory {self.ino} is wrong or missing",
+            structure=structure,
+            field=field,
+            offset=int(self.blocks[logical]) * self.size,
+        )
+
+    def limit(self, logical: int) -> int:
+        """Entries that a hash-tree root or node has room for; the kernel takes no other number."""
+        return (self.size - _entries_at(logical)) // 8 - (1 if self.has_tail else 0)
+
     def write_leaf(self, logical: int, block: bytes) -> None:
         if self.has_tail:
             block = leaf_with_checksum(self.seed, block)
@@ -152,12 +180,11 @@ class _Directory:
 
     def hash(self, name: bytes, version: int) -> int:
         sb = self.fs.superblock
+        if version > TEA:
+            raise UnsupportedFeature(f"directory {self.ino}: hash version {version} is unknown")
         if sb.s_flags & _UNSIGNED_HASH:
             version += UNSIGNED
-        try:
-            return directory_hash(version, name, list(sb.s_hash_seed))
-        except ValueError as error:
-            raise UnsupportedFeature(f"directory {self.ino}: {error}") from error
+        return directory_hash(version, name, list(sb.s_hash_seed))
 
 
 def _joined(data: Ints) -> Ints:
@@ -172,15 +199,15 @@ def _entries_at(logical: int) -> int:
     return ROOT_ENTRIES_AT if logical == 0 else NODE_ENTRIES_AT
 
 
-def _dx_entries(block: bytes, at: int) -> tuple[int, list[tuple[int, int]]]:
-    """(limit, [(hash, logical block)]) of a hash-tree root or node.
+def _dx_entries(block: bytes, at: int, room: int) -> tuple[int, list[tuple[int, int]]]:
+    """(limit, [(hash, logical block)]) of a hash-tree root or node with room for ``room`` entries.
 
     Raises:
-        FormatError: The count is above the limit, or the limit above what fits.
+        FormatError: The count is above the limit, or the limit is not the room.
     """
     limit = int.from_bytes(block[at : at + 2], "little")
     count = int.from_bytes(block[at + 2 : at + 4], "little")
-    if not 1 <= count <= limit or at + 8 * limit > len(block):
+    if not 1 <= count <= limit or limit != room:
         raise FormatError(f"count {count} or limit {limit} is impossible", structure="dx_countlimit")
     words = np.frombuffer(block, "<u4", 2 * count, at).reshape(-1, 2)
     entries = [(int(value), int(target) & _BLOCK_MASK) for value, target in words]
@@ -224,7 +251,7 @@ def _descend(directory: _Directory, value: int) -> tuple[list[_Frame], int]:
     frames: list[_Frame] = []
     logical = 0
     for _ in range(info.indirect_levels + 1):
-        limit, entries = _dx_entries(directory.read(logical), _entries_at(logical))
+        limit, entries = _dx_entries(directory.read(logical), _entries_at(logical), directory.limit(logical))
         taken = int(np.searchsorted(np.array([entry[0] for entry in entries], np.int64), value, "right")) - 1
         frames.append(_Frame(logical, limit, entries, max(taken, 0)))
         logical = entries[max(taken, 0)][1]
@@ -244,7 +271,9 @@ def _live(directory: _Directory, logical: int) -> list[Entry]:
     block = directory.read(logical)
     if directory.indexed and logical == 0:
         return [entry for entry in parse_block(block, False)[:2] if entry.inode]
-    has_tail = directory.has_tail and int.from_bytes(block[4:6], "little") != len(block)
+    # A hash-tree node begins with one unused entry over the whole block, and has no such tail.
+    spans_block = int.from_bytes(block[4:6], "little") in ((0, 0xFFFF) if len(block) == 65536 else (len(block),))
+    has_tail = directory.has_tail and not spans_block
     return [entry for entry in parse_block(block, has_tail) if entry.inode]
 
 
@@ -331,7 +360,7 @@ def add_entry(fs: Filesystem, directory_ino: int, name: bytes, ino: int, file_ty
     if directory.indexed:
         return _add_hashed(directory, name, ino, file_type)
     for logical in range(len(directory.blocks)):
-        block = _insert(directory.read(logical), directory.has_tail, name, ino, file_type)
+        block = _insert(directory.read_leaf(logical), directory.has_tail, name, ino, file_type)
         if block is not None:
             directory.write_leaf(logical, block)
             return []
@@ -340,7 +369,7 @@ def add_entry(fs: Filesystem, directory_ino: int, name: bytes, ino: int, file_ty
     return [physical]
 
 
-def _leaf_of(directory: _Directory, items: list[tuple[int, bytes, int, int]]) -> bytes:
+def _leaf_of(directory: _Directory, items: list[_Item]) -> bytes:
     """A leaf with entries (hash, name, inode, file type), the last one taking the rest of the block."""
     end = directory.size - (TAIL if directory.has_tail else 0)
     block = bytearray(directory.size)
@@ -356,14 +385,23 @@ def _add_hashed(directory: _Directory, name: bytes, ino: int, file_type: int) ->
     version = _root_info(directory).hash_version
     value = directory.hash(name, version)
     frames, leaf = _descend(directory, value)
-    block = _insert(directory.read(leaf), directory.has_tail, name, ino, file_type)
+    for frame in frames:
+        directory.read_node(frame.logical)
+    block = _insert(directory.read_leaf(leaf), directory.has_tail, name, ino, file_type)
     if block is not None:
         directory.write_leaf(leaf, block)
+        return []
+    items = _items(directory, leaf, version)
+    new = (value, name, ino, file_type)
+    room = directory.size - (TAIL if directory.has_tail else 0)
+    if sum(entry_size(len(item[1])) for item in [*items, new]) <= room:
+        # Room enough, but in pieces, each too small for the name.
+        directory.write_leaf(leaf, _leaf_of(directory, [*items, new]))
         return []
     grown = _make_room(directory, frames)
     if grown:
         frames, leaf = _descend(directory, value)
-    return grown + _split_leaf(directory, frames[-1], leaf, version, (value, name, ino, file_type))
+    return grown + _split_leaf(directory, frames[-1], leaf, items, new)
 
 
 def _make_room(directory: _Directory, frames: list[_Frame]) -> list[int]:
@@ -375,7 +413,7 @@ def _make_room(directory: _Directory, frames: list[_Frame]) -> list[int]:
         # A new level: the root's entries move into one node.
         logical, physical = directory.append()
         directory.write_node(logical, _new_node(directory, bottom.entries))
-        root = bytearray(_put_dx_entries(directory.read(0), ROOT_ENTRIES_AT, [(0, logical)]))
+        root = bytearray(_put_dx_entries(directory.read_node(0), ROOT_ENTRIES_AT, [(0, logical)]))
         root[ROOT_INFO_AT + 6] += 1
         directory.write_node(0, bytes(root))
         return [physical]
@@ -389,32 +427,34 @@ def _make_room(directory: _Directory, frames: list[_Frame]) -> list[int]:
     split_hash = bottom.entries[half][0]
     directory.write_node(logical, _new_node(directory, bottom.entries[half:]))
     directory.write_node(
-        bottom.logical, _put_dx_entries(directory.read(bottom.logical), NODE_ENTRIES_AT, bottom.entries[:half])
+        bottom.logical, _put_dx_entries(directory.read_node(bottom.logical), NODE_ENTRIES_AT, bottom.entries[:half])
     )
     changed = [*above.entries[: above.taken + 1], (split_hash, logical), *above.entries[above.taken + 1 :]]
-    block = _put_dx_entries(directory.read(above.logical), _entries_at(above.logical), changed)
+    block = _put_dx_entries(directory.read_node(above.logical), _entries_at(above.logical), changed)
     directory.write_node(above.logical, block)
     return [physical]
 
 
 def _new_node(directory: _Directory, content: list[tuple[int, int]]) -> bytes:
-    limit = (directory.size - NODE_ENTRIES_AT) // 8 - (1 if directory.has_tail else 0)
+    limit = directory.limit(1)  # any block but the root
     block = bytearray(directory.size)
     _write_entry(block, 0, 0, directory.size, b"", 0)
     block[NODE_ENTRIES_AT : NODE_ENTRIES_AT + 2] = limit.to_bytes(2, "little")
     return _put_dx_entries(bytes(block), NODE_ENTRIES_AT, content)
 
 
-def _split_leaf(
-    directory: _Directory, frame: _Frame, leaf: int, version: int, new: tuple[int, bytes, int, int]
-) -> list[int]:
-    """Move the upper half of a full leaf, by hash, into a new one, and put the new entry where it belongs."""
+def _items(directory: _Directory, leaf: int, version: int) -> list[_Item]:
+    """The entries of a leaf, by hash."""
     items = [
         (directory.hash(entry.name, version), entry.name, entry.inode, entry.file_type)
         for entry in parse_block(directory.read(leaf), directory.has_tail)
         if entry.inode
     ]
-    items.sort(key=lambda item: item[0])
+    return sorted(items, key=lambda item: item[0])
+
+
+def _split_leaf(directory: _Directory, frame: _Frame, leaf: int, items: list[_Item], new: _Item) -> list[int]:
+    """Move the upper half of a full leaf, by hash, into a new one, and put the new entry where it belongs."""
     total = sum(entry_size(len(item[1])) for item in items)
     size, split = 0, len(items)
     while split > 1 and size + entry_size(len(items[split - 1][1])) // 2 <= total // 2:
@@ -430,7 +470,7 @@ def _split_leaf(
     directory.write_leaf(logical, _leaf_of(directory, upper))
     at = next(index for index, entry in enumerate(frame.entries) if entry[1] == leaf)
     changed = [*frame.entries[: at + 1], (split_hash + continued, logical), *frame.entries[at + 1 :]]
-    block = _put_dx_entries(directory.read(frame.logical), _entries_at(frame.logical), changed)
+    block = _put_dx_entries(directory.read_node(frame.logical), _entries_at(frame.logical), changed)
     directory.write_node(frame.logical, block)
     return [physical]
 
@@ -446,7 +486,7 @@ def remove_entry(fs: Filesystem, directory_ino: int, name: bytes) -> None:
     if found is None:
         raise ExtsnapError(f"the directory has no entry {name.decode(errors='replace')!a}")
     logical, entry = found
-    block = bytearray(directory.read(logical))
+    block = bytearray(directory.read_leaf(logical))
     before = [other for other in parse_block(bytes(block), directory.has_tail) if other.at + other.length == entry.at]
     if before:
         block[before[0].at + 4 : before[0].at + 6] = (before[0].length + entry.length).to_bytes(2, "little")
