@@ -39,7 +39,7 @@ SNAPSHOTS_MAX = 6
 THOROUGH = 8
 GUARD, MARK = (0x465, 0x10), (0x463, 0x80)  # (byte of the image, bit)
 # Half of the writes go to the same few blocks, so that they meet blocks that were copied and restored before.
-PLACES = {"where": st.integers(0, 40) | st.integers(0, 1 << 16), "skip": st.integers(0, BLOCK - 1) | st.just(0)}
+PLACES = {"where": st.integers(0, 12) | st.integers(0, 1 << 16), "skip": st.integers(0, BLOCK - 1) | st.just(0)}
 LENGTHS = st.integers(1, 3 * BLOCK) | st.integers(1, 64 * BLOCK) | st.sampled_from([BLOCK, 4 * BLOCK])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from lab import BLOCK, MemoryDevice
 
+from extsnap.errors import OutsideWrite
 from extsnap.snapshot.volume import Volume
 
 SNAPSHOTS = 5
@@ -105,3 +106,55 @@ def test_the_journal_is_not_copied() -> None:
         volume.write(block * BLOCK, b"j" * BLOCK)
     volume.flush()
     assert volume.verb("dump", what="records")["records"] == before
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+@pytest.mark.parametrize("served", [False, True])
+def test_a_restored_block_is_copied_again(kind: str, served: bool) -> None:
+    """After a restore the base holds what the snapshot reads: the next overwrite copies it, and undo still works."""
+    device = MemoryDevice(lab.plain_image(kind))
+    volume = opened(device)
+    volume.verb("create", name="one")
+    blocks = np.flatnonzero(survey(volume).files)[5:30].tolist()
+    old = [volume.read(block * BLOCK, BLOCK) for block in blocks]
+    volume.begin_serving()
+    for block in blocks:
+        volume.write(block * BLOCK, b"2" * BLOCK)
+    if not served:
+        assert volume.end_serving()
+    safety = volume.verb("restore", name="one")["safety"]
+    assert [volume.read(block * BLOCK, BLOCK) for block in blocks] == old
+    assert not [
+        record
+        for record in volume.verb("dump", what="records")["records"]
+        if "one" in record["snapshots"] and record["block"] in blocks
+    ]
+    if not served:
+        volume.begin_serving()
+    for block in blocks:
+        volume.write(block * BLOCK, b"3" * BLOCK)
+    assert volume.end_serving()
+    for name, content in (("one", old), (safety, [b"2" * BLOCK] * len(blocks))):
+        view = volume.open_view(name)
+        assert [view.pread(block * BLOCK, BLOCK) for block in blocks] == content
+        assert not lab.complaint(view.pread(0, view.size))
+    assert volume.verb("restore", undo=True)["restored"] == safety
+    assert [volume.read(block * BLOCK, BLOCK) for block in blocks] == [b"2" * BLOCK] * len(blocks)
+    assert not lab.complaint(device.content)
+
+
+def test_a_write_outside_extsnap_is_noticed() -> None:
+    """An image changed by others at rest is recognised, names the snapshots, and is not changed until accepted."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    opened(device).verb("create", name="one")
+    assert not opened(device).outside_write
+    device.content[1024 + 0x2C] ^= 1  # s_mtime, which every mount writes
+    volume = opened(device)
+    assert volume.outside_write
+    content = bytes(device.content)
+    with pytest.raises(OutsideWrite, match="one"):
+        volume.verb("create", name="two")
+    assert bytes(device.content) == content
+    volume.verb("accept")
+    volume.verb("create", name="two")
+    assert not opened(device).outside_write
