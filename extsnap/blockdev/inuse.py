@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import stat
 import struct
 from dataclasses import dataclass
 
@@ -20,8 +22,8 @@ class Holder:
     """One user of an image.
 
     Attributes:
-        kind: "loop".
-        name: Path of the loop device.
+        kind: "loop", or "mount" for a FUSE filesystem that reads the file itself.
+        name: Path of the loop device, or type of the mount.
         mounts: Where it is mounted.
     """
 
@@ -30,16 +32,74 @@ class Holder:
     mounts: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Mount:
+    """A line of /proc/self/mountinfo; names as bytes, for they may hold any byte."""
+
+    device: tuple[int, int]
+    point: bytes
+    kind: bytes
+    source: bytes
+
+
+def _mount_table() -> list[_Mount]:
+    """All mounts of this namespace; nothing is stat'ed."""
+    found = []
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            fields = line.rstrip(b"\n").split(b" ")
+            major, minor = fields[2].split(b":")
+            kind, source = fields[fields.index(b"-", 6) + 1 :][:2]
+            found.append(_Mount((int(major), int(minor)), _unescaped(fields[4]), kind, _unescaped(source)))
+    return found
+
+
+def _unescaped(name: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), name)
+
+
 def mounts_by_device() -> dict[tuple[int, int], list[str]]:
     """Mount points by (major, minor), from /proc/self/mountinfo; nothing is stat'ed."""
     found: dict[tuple[int, int], list[str]] = {}
-    with open("/proc/self/mountinfo") as table:
-        for line in table:
-            fields = line.split()
-            major, minor = fields[2].split(":")
-            point = fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="replace")
-            found.setdefault((int(major), int(minor)), []).append(point)
+    for mount in _mount_table():
+        found.setdefault(mount.device, []).append(mount.point.decode(errors="replace"))
     return found
+
+
+def _identity(path: bytes, avoid: set[bytes]) -> tuple[int, int] | None:
+    """(st_dev, st_ino) of an absolute path, or None where it cannot be told.
+
+    Nothing at or below a path of ``avoid`` is touched: a call into a FUSE mount waits for its server, which may be
+    the process that asks.
+    """
+    if not path.startswith(b"/"):
+        return None
+    at, ahead, links = b"/", path.split(b"/"), 0
+    try:
+        status = os.lstat(at)
+        while ahead:
+            after = os.path.normpath(at + b"/" + ahead.pop(0))
+            # Two leading slashes mean something else to POSIX, and to normpath; not to Linux.
+            after = b"/" + after.lstrip(b"/")
+            if after in avoid:
+                return None
+            status = os.lstat(after)
+            if not stat.S_ISLNK(status.st_mode):
+                at = after
+                continue
+            links += 1
+            if links > 40:
+                return None
+            target = os.readlink(after)
+            ahead = target.split(b"/") + ahead
+            at = b"/" if target.startswith(b"/") else at
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _fuse_points(table: list[_Mount]) -> set[bytes]:
+    return {mount.point for mount in table if mount.kind.startswith(b"fuse")}
 
 
 def loop_devices() -> list[str]:
@@ -72,15 +132,18 @@ def _backing(name: str) -> tuple[int, int] | None:
 def _backing_by_path(name: str) -> tuple[int, int] | None:
     """Without the right to open the loop device: its backing file by the name that sysfs shows."""
     try:
-        with open(f"/sys/block/{name}/loop/backing_file") as file:
-            status = os.stat(file.read().rstrip("\n"))
+        with open(f"/sys/block/{name}/loop/backing_file", "rb") as file:
+            path = file.read().removesuffix(b"\n")
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return _identity(path, _fuse_points(_mount_table()))
 
 
 def holders(device_id: tuple[int, int]) -> list[Holder]:
-    """Everything on top of the file with this (st_dev, st_ino)."""
+    """Everything on top of the file with this (st_dev, st_ino).
+
+    FUSE mounts count whose source is the file (fuse2fs), but for those of extsnap, which holds a lock as well.
+    """
     found = []
     mounts: dict[tuple[int, int], list[str]] | None = None
     for name in loop_devices():
@@ -90,6 +153,13 @@ def holders(device_id: tuple[int, int]) -> list[Holder]:
         with open(f"/sys/block/{name}/dev") as file:
             major, minor = file.read().strip().split(":")
         found.append(Holder("loop", f"/dev/{name}", tuple(mounts.get((int(major), int(minor)), ()))))
+    table = _mount_table()
+    avoid = _fuse_points(table)
+    for mount in table:
+        other_server = mount.kind.startswith(b"fuse") and mount.kind != b"fuse.extsnap"
+        if other_server and _identity(mount.source, avoid) == device_id:
+            point = mount.point.decode(errors="replace")
+            found.append(Holder("mount", mount.kind.decode(errors="replace"), (point,)))
     return found
 
 
@@ -104,10 +174,8 @@ def require_free(image: ImageFile) -> None:
         return
     parts, steps = [], []
     for holder in found:
-        if holder.mounts:
-            parts.append(f"{holder.name} mounted on {', '.join(holder.mounts)}")
-            steps += [f"umount {mount}" for mount in holder.mounts]
-        else:
-            parts.append(holder.name)
-        steps.append(f"losetup -d {holder.name}")
+        parts.append(f"{holder.name} mounted on {', '.join(holder.mounts)}" if holder.mounts else holder.name)
+        steps += [f"umount {mount}" for mount in holder.mounts]
+        if holder.kind == "loop":
+            steps.append(f"losetup -d {holder.name}")
     raise VolumeBusy(f"{image.path} is in use by {'; '.join(parts)}", hint=f"run {' && '.join(steps)} first")
