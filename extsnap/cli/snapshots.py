@@ -142,3 +142,13 @@ def strip(image: Image, as_json: Json = False, version: Version = False) -> None
         result = call(image, "strip", writable=True)
     if as_json:
         output.emit_json(result)
+
+
+def accept(image: Image, as_json: Json = False, version: Version = False) -> None:
+    """Go on after the image was written outside extsnap: the snapshots at risk are marked tainted."""
+    with output.progress("accepting the volume as it is"):
+        result = call(image, "accept", writable=True)
+    if as_json:
+        output.emit_json(result)
+    elif result["tainted"]:
+        output.emit_lines([safe(name) for name in result["tainted"]])

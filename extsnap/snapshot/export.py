@@ -65,7 +65,8 @@ def without_store(volume: Volume, view: View) -> dict[int, bytes]:
     """The blocks of a view that change when ``/.extsnap`` is removed from it."""
     overlay = Overlay(view, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
-    graft.remove(fs, volume.now_seconds())
+    # The snapshot's own moment, so that every export of it is the same.
+    graft.remove(fs, view.snapshot.created_ns // 10**9)
     fs.flush()
     return overlay.changes()
 

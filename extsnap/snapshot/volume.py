@@ -147,6 +147,8 @@ class Volume:
         self._load()
         if writable:
             self._recover()
+        elif self.store is not None and not self.medium.state.mark:
+            self._detect_outside_write(bool(self.store.root.flags & fmt.SlotFlags.OPEN))
 
     @classmethod
     def open(
@@ -609,6 +611,8 @@ class Volume:
             store.release(engine.history.collect())
             self._write_tables(rest)
             engine.fold(commit=False)
+            if not rest:
+                self.set_mark(True)  # the guard goes with the last snapshot, also if this is as far as we get
             store.commit()
             if not rest:
                 engine.rebuild_need()

@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "restore": ["IMAGE", "first"],
     "export": ["IMAGE", "first", "OUT"],
     "strip": ["IMAGE"],
+    "accept": ["IMAGE"],
     "check": ["IMAGE"],
     "info": ["IMAGE"],
     "dump": ["IMAGE", "header"],
@@ -74,6 +75,7 @@ ANSWERS: dict[str, Any] = {
     "restore": {"version": 1, "restored": "first", "safety": "before-restore-first-x"},
     "export": {"version": 1, "name": "first", "out": "/abs/OUT", "bytes": 10240},
     "strip": {"version": 1, "snapshots": 2},
+    "accept": {"version": 1, "tainted": ["one"]},
     "check": CHECK,
     "info": INFO,
     "dump": {"version": 1, "header": {"generation": 1}},
@@ -161,7 +163,6 @@ def test_a_missing_argument_is_usage(command: str, extsnap: Call, answering: Fak
         ["serve", "IMAGE"],
         ["set", "IMAGE", "on-full=refuse"],
         ["guard", "IMAGE", "on"],
-        ["accept", "IMAGE"],
         ["mount", "IMAGE", "DIR", "--scratch"],
         ["list", "-P", "1", "IMAGE"],
     ],
@@ -201,6 +202,7 @@ def test_no_command_shows_the_help_on_stderr(extsnap: Call) -> None:
         ("export I n /x/out", "export", {"name": "n", "out": "/x/out", "force": False}),
         ("export I n /x/out --force", "export", {"name": "n", "out": "/x/out", "force": True}),
         ("strip I", "strip", {}),
+        ("accept I", "accept", {}),
         ("check I", "check", {"image": "I", "names": [], "quick": False}),
         ("check I a b --quick", "check", {"image": "I", "names": ["a", "b"], "quick": True}),
         ("info I", "info", {}),
@@ -226,7 +228,7 @@ def test_what_is_asked_for(
     done = extsnap(*arguments.split())
     assert (done.status, done.err) == (0, "")
     assert answering.calls == [(verb, passed)]
-    writing = {"create", "delete", "restore", "strip"}
+    writing = {"create", "delete", "restore", "strip", "accept"}
     reading = {"list", "show", "export", "info", "dump"}
     assert answering.opened == ([("I", verb in writing)] if verb in writing | reading else [])
 
@@ -263,6 +265,7 @@ def test_run_fails_with_125(extsnap: Call, answering: FakeSession) -> None:
         ("restore", "before-restore-first-x\n"),
         ("export", ""),
         ("strip", ""),
+        ("accept", "one\n"),
         ("attach", ""),
         ("detach", ""),
         ("mount", ""),

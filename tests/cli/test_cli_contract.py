@@ -32,6 +32,7 @@ ON_IMAGE: dict[str, list[str]] = {
     "restore": ["{image}", "first"],
     "export": ["{image}", "first", "{out}"],
     "strip": ["{image}"],
+    "accept": ["{image}"],
     "check": ["{image}"],
     "info": ["{image}"],
     "dump": ["{image}", "header"],
