@@ -6,6 +6,8 @@ What is durable when
 * ``commit`` first makes them durable (barrier), then writes a new root chain and slot A, barrier, then a second
   root chain and slot B, barrier.  A crash before slot A is durable leaves the old state, whole; after it, the
   new one.  A slot that is durable without its chain fails the root's checksum, and the other slot is taken.
+  After a crash between the two, the next commit begins with the slot that stayed behind: the other one is the
+  only whole state, for blocks that the older state needs may have been reused since.
   At rest both slots say the same, each with a chain of its own, so one damaged block of either is survived.
 * Blocks given to ``release`` are reused only after the commit that no longer refers to them is durable.
 * ``append_batch`` writes into the log in place, never over a sector of a committed batch.  The batch counts
@@ -305,6 +307,7 @@ class Store:
         self._cursor = 0
         self._released: list[Ints] = []
         self._chains: list[Ints] = [NO_BLOCKS, NO_BLOCKS]
+        self._order = tuple(range(SLOT_BLOCKS))
         self._unsynced = False
         self._pending_batch = 0
         self.log_position = 0
@@ -501,7 +504,7 @@ class Store:
         if self._unsynced:
             self.device.flush()
             self._unsynced = False
-        for slot in range(SLOT_BLOCKS):
+        for slot in self._order:
             chain = self.allocate(count)
             first = self._write_chain(chain, raw)
             head = fmt.build_slot(
@@ -593,6 +596,8 @@ class Store:
             if index == chosen or (len(chain) and _same_generation(device, slots, index, block_size, slot.generation)):
                 store._chains[index] = store.logical(chain)
                 store.mark_used(store._chains[index])
+            else:
+                store._order = (index, chosen)
         return store
 
     # -- log --------------------------------------------------------------------------------------------
