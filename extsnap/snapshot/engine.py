@@ -292,6 +292,10 @@ class Engine:
         spare = max(0, self.store.available - self.reserve())
         return spare * self.block_size // (self.block_size + _RECORD_BYTES) - self._held_cost
 
+    def blocks_for(self, copies: int) -> int:
+        """Blocks that ``copies`` copy blocks take, with a record for each that the next fold writes."""
+        return copies + -(-copies * _RECORD_BYTES // self.block_size)
+
     def _make_room(self, cost: int, start: int, stop: int) -> None:
         """Refuse a write that might not find room for its copies; decide exactly before refusing."""
         if cost <= self.room():

@@ -62,9 +62,8 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             changes, mapping, sequence = _target_metadata(volume, target, None, None)
             blocks = np.union1d(_recorded_blocks(volume, target), np.array(sorted(changes), np.int64))
             copies = _copies_needed(volume, blocks, everything=safety)
-            if safety:
-                volume.make_room_for_snapshot()
-            missing = copies + engine.reserve() + edit.MINIMUM_ROOM - store.available
+            needed = engine.blocks_for(copies) + (volume.snapshot_blocks() if safety else 0)
+            missing = needed + engine.reserve() + edit.MINIMUM_ROOM - store.available
             if missing <= 0:
                 break
             if not edit.grow(volume, missing + 32):

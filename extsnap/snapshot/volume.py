@@ -514,6 +514,14 @@ class Volume:
         owned = store.root.extents[:, 1:]
         return preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned)
 
+    def snapshot_blocks(self) -> int:
+        """Blocks that the tables of a snapshot taken now would take."""
+        engine, store = self.require_engine(), self.require_store()
+        bitmaps = self.preserved_now()
+        rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
+        stored = int(engine.history.needs_block(bitmaps[rows]).sum())
+        return stored + len(rows) * fmt.HISTORY_DTYPE.itemsize * 2 // self.block_size
+
     def make_room_for_snapshot(self, extra: int = 0) -> None:
         """See that the store has room for one more snapshot and ``extra`` copies, growing it where needed.
 
@@ -523,11 +531,7 @@ class Volume:
         engine, store = self.require_engine(), self.require_store()
         for _ in range(4):
             engine.flush()
-            bitmaps = self.preserved_now()
-            rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
-            stored = int(engine.history.needs_block(bitmaps[rows]).sum())
-            table = len(rows) * fmt.HISTORY_DTYPE.itemsize * 2 // self.block_size
-            wanted = engine.reserve() + stored + table + MINIMUM_ROOM + extra
+            wanted = engine.reserve() + self.snapshot_blocks() + MINIMUM_ROOM + extra
             if store.available >= wanted:
                 return
             if not edit.grow(self, max(wanted - store.available + 32, 64)):
