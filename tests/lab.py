@@ -83,7 +83,7 @@ def as_file(content: bytes | bytearray) -> Iterator[str]:
 
 @functools.cache
 def plain_image(kind: str) -> bytes:
-    """An ext2 or ext4 volume with six files of 3 to 90 blocks, three or four groups and 1 KiB blocks.
+    """An ext2 or ext4 volume with six files of 3 to 800 blocks, three or four groups and 1 KiB blocks.
 
     The ext2 image has a ragged tail: blocks that belong to the image and not to the filesystem.
     """
@@ -92,8 +92,8 @@ def plain_image(kind: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="extsnap-lab-") as name:
         tree, image = Path(name) / "tree", Path(name) / "image"
         tree.mkdir()
-        for number, length in enumerate((3000, 12288, 20000, 40 * BLOCK, 60001, 90 * BLOCK)):
-            (tree / f"f{number}").write_bytes(rng.randbytes(length // 2) + bytes(length - length // 2))
+        for number, length in enumerate((3000, 12288, 20000, 40 * BLOCK, 60001, 800 * BLOCK)):
+            (tree / f"f{number}").write_bytes(rng.randbytes(length * 3 // 4) + bytes(length - length * 3 // 4))
             os.utime(tree / f"f{number}", (1600000000, 1600000000))
         image.write_bytes(bytes(blocks * BLOCK))
         uuid = "00000000-1111-2222-3333-444444444444"

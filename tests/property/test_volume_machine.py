@@ -40,7 +40,7 @@ THOROUGH = 8
 GUARD, MARK = (0x465, 0x10), (0x463, 0x80)  # (byte of the image, bit)
 # Half of the writes go to the same few blocks, so that they meet blocks that were copied and restored before.
 PLACES = {"where": st.integers(0, 12) | st.integers(0, 1 << 16), "skip": st.integers(0, BLOCK - 1) | st.just(0)}
-LENGTHS = st.integers(1, 3 * BLOCK) | st.integers(1, 64 * BLOCK) | st.sampled_from([BLOCK, 4 * BLOCK])
+LENGTHS = st.integers(1, 3 * BLOCK) | st.integers(1, 64 * BLOCK) | st.integers(1, 800 * BLOCK) | st.just(BLOCK)
 
 
 @dataclass
@@ -143,6 +143,8 @@ class VolumeMachine(RuleBasedStateMachine):
         }[change]
         old = bytes(self.base)
         new = lab.changed_by_debugfs(old, line, data=self.random.randbytes(length))
+        if lab.complaint(new):
+            return  # debugfs leaves damage behind where it fails: a name that is taken, no space
         written = []
         try:
             for offset, size in lab.changed_runs(old, new):
@@ -427,7 +429,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
 TestVolume = VolumeMachine.TestCase
 TestVolume.settings = settings(
-    max_examples=400 if LONG else 30,
+    max_examples=400 if LONG else 20,
     stateful_step_count=80 if LONG else 30,
     derandomize=not LONG,
     database=None,
