@@ -80,7 +80,10 @@ class Geometry:
         block_size = 1024 << sb.s_log_block_size
         high = 1 if bit64 else 0
         blocks = sb.s_blocks_count_lo | high * (sb.s_blocks_count_hi << 32)
-        require(0 < sb.s_blocks_per_group <= 8 * block_size, "s_blocks_per_group")
+        # A bit of the block bitmap stands for a cluster: so a volume with bigalloc is refused for that, by name.
+        cluster_bits = sb.s_log_cluster_size - sb.s_log_block_size if sb.s_feature_ro_compat & RoCompat.bigalloc else 0
+        require(0 <= cluster_bits <= 20, "s_log_cluster_size")
+        require(0 < sb.s_blocks_per_group <= (8 * block_size) << cluster_bits, "s_blocks_per_group")
         require(sb.s_blocks_per_group % 8 == 0, "s_blocks_per_group")
         require(sb.s_first_data_block <= 1 and blocks > sb.s_first_data_block, "s_first_data_block")
         groups = -(-(blocks - sb.s_first_data_block) // sb.s_blocks_per_group)
