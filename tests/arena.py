@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,6 +67,46 @@ def clear(top: Path) -> list[str]:
     return left
 
 
-def program() -> str:
-    """Return the installed program, beside this Python."""
-    return str(Path(sys.executable).parent / "extsnap")
+_COMMON = "ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
+_FEATURES = {
+    "ext2": _COMMON,
+    "ext3": f"{_COMMON},has_journal",
+    "ext4": f"{_COMMON},has_journal,extent,64bit,flex_bg,huge_file,dir_nlink,extra_isize,metadata_csum",
+}
+
+
+def make_volume(
+    path: Path, kind: str, mebibytes: int, *options: str, features: str = "", files: dict[str, bytes] | None = None
+) -> Path:
+    """Make a volume by mke2fs with these files in its root, and return its path.
+
+    Args:
+        kind: ext2, ext3 or ext4, with the features that those have by default.
+        features: More of them, as mke2fs takes them.
+    """
+    wanted = f"none,{_FEATURES[kind]},{features}".rstrip(",")
+    with tempfile.TemporaryDirectory(prefix="extsnap-tree-") as name:
+        for file, content in (files or {}).items():
+            Path(name, file).write_bytes(content)
+        subprocess.run(
+            [
+                "mke2fs",
+                "-q",
+                "-F",
+                "-t",
+                kind,
+                "-O",
+                wanted,
+                "-I",
+                "256",
+                *options,
+                "-d",
+                name,
+                str(path),
+                f"{mebibytes}M",
+            ],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "MKE2FS_CONFIG": "/dev/null"},
+        )
+    return path
