@@ -1,0 +1,25 @@
+"""Options of the power-cut tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+_SHORT, _LONG = 150, 4000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many media to judge, from which seed, or one of them again."""
+    group = parser.getgroup("power cuts")
+    group.addoption("--crash-states", type=int, help="media with sampled unsynced sectors to judge, for each volume")
+    group.addoption("--crash-seed", type=int, default=0, help="what the samples are drawn from")
+    group.addoption("--crash-replay", metavar="KIND:POINT:SEED", help="judge this one medium again")
+
+
+@pytest.fixture(scope="session")
+def crash_states(request: pytest.FixtureRequest) -> int:
+    """How many sampled media each volume gets: option, EXTSNAP_CRASH_STATES, or by EXTSNAP_LONG."""
+    option = request.config.getoption("--crash-states", default=None)
+    default = _LONG if os.environ.get("EXTSNAP_LONG") else _SHORT
+    return int(option if option is not None else os.environ.get("EXTSNAP_CRASH_STATES", default))
