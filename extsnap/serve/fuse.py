@@ -27,6 +27,7 @@ import os
 import stat
 import struct
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,6 +147,12 @@ class FuseFiles:
         self.volume_write_opens = 0
         self.last_pid = 0
         self.failure: Exception | None = None
+        # The kernel cuts a write at our limit and, where it is no whole page, at its first and last page.  If a later
+        # part fails, the loop device takes the short write for a whole one: so the next fsync fails as well.
+        # Kept: where the last writes ended, and those of them that may have been the first part of a longer one.
+        self._ends: deque[int] = deque(maxlen=64)
+        self._heads: deque[int] = deque(maxlen=64)
+        self._unreported: Exception | None = None
         self._dirty = False
         self._nodes: dict[int, _Node] = {}
         self._by_name: dict[str, _Node] = {}
@@ -317,7 +324,15 @@ class FuseFiles:
                 raise _Refused(errno.EFBIG)
             size = room
         self._dirty = self._touched = True
-        self._volume.write(offset, self._data[:size])
+        try:
+            self._volume.write(offset, self._data[:size])
+        except Exception as error:
+            if offset in self._heads or (size % mmap.PAGESIZE and offset in self._ends):
+                self._unreported = error
+            raise
+        self._ends.append(offset + size)
+        if offset % mmap.PAGESIZE or size == self._max_write:
+            self._heads.append(offset + size)
         reply = self._write_reply
         OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
         WRITE_OUT.pack_into(reply, OUT_HEADER.size, size, 0)
@@ -530,6 +545,9 @@ class FuseFiles:
     def _fsync(self, node: int, body: bytes) -> None:
         if node == VOLUME_NODE and self._writable:
             self._settle()
+            if self._unreported is not None:
+                error, self._unreported = self._unreported, None
+                raise error
 
     def _fallocate(self, node: int, body: bytes) -> None:
         _, offset, length, mode, _ = FALLOCATE_IN.unpack_from(body)
