@@ -16,6 +16,7 @@ States of the image (`DESIGN`, "The image at rest, and the dirty mark"):
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -144,6 +145,7 @@ class Volume:
         self._copied_before = 0
         self.needs_replay = False
         self.outside_write = False
+        self._lost = False  # a failed reload: without the engine nothing would be copied
         self._load()
         if writable:
             self._recover()
@@ -330,7 +332,13 @@ class Volume:
 
     @property
     def base(self) -> Device:
-        """The base volume as a device: the engine where there is a store, else the medium."""
+        """The base volume as a device: the engine where there is a store, else the medium.
+
+        Raises:
+            OSError: After an error the state could not be read again: writing on could damage snapshots.
+        """
+        if self._lost:
+            raise OSError(errno.EIO, f"{self.path}: its snapshots could not be read again after an error")
         return self.engine if self.engine is not None else self.medium
 
     def filesystem(self) -> Filesystem:
@@ -408,7 +416,9 @@ class Volume:
     def _reload(self) -> None:
         """Forget the state in memory and read the committed one: after an operation that failed half way."""
         serving = self.serving
+        self._lost = True
         self._load()
+        self._lost = False
         self.serving = serving
         if self.engine is not None and self.writable:
             self.engine.rebuild_need()
@@ -483,19 +493,25 @@ class Volume:
             if self.serving:
                 self._grow_ahead()
             self.settle()
-        except ExtsnapError:
+        except (ExtsnapError, OSError):
             self._back_to_rest()
             raise
         return SnapshotHandle(self, entry)
 
     def _back_to_rest(self) -> None:
-        """After a refused operation: the committed state, and no mark where nothing is left to finish."""
+        """After an operation that was refused or failed: the committed state, and what it had begun is finished.
+
+        A server goes on from here, so nothing of the operation may be left in memory for a later commit to make true.
+        """
         if self.store is None:
             return
         self._reload()
-        store = self.require_store()
-        unfinished = store.root.pending is not None or store.root.restore is not None
-        if self.medium.state.mark and not unfinished and not self.serving:
+        store = self.store
+        if store is None:
+            return
+        if store.root.pending is not None:
+            edit.finish(self)
+        if self.store is not None and self.medium.state.mark and not self.serving and store.root.restore is None:
             self.settle()
 
     def _free_name(self, created: int) -> str:
@@ -623,7 +639,7 @@ class Volume:
             if not self.serving and self._is_editable():
                 self.give_back(freed, everything=not rest)
             self.settle()
-        except ExtsnapError:
+        except (ExtsnapError, OSError):
             self._back_to_rest()
             raise
         return freed * self.block_size
