@@ -287,6 +287,7 @@ class FaultyDevice:
         kind: "EIO" or "ENOSPC": nothing is done.  "short": a write or punch does its first half, then EIO.
             "gone": EIO, for this and every later operation, reads included: a cable pulled.
         operations: What is counted, and may fail.
+        superblocks: Byte offsets of superblocks, which no short write tears.
 
     Attributes:
         count: Operations so far.
@@ -301,11 +302,13 @@ class FaultyDevice:
         fail_at: int,
         kind: FaultKind = "EIO",
         operations: Iterable[OperationKind] = ("write", "punch", "flush"),
+        superblocks: Iterable[int] = (),
     ) -> None:
         self._device = device
         self._fail_at = fail_at
         self._kind = kind
         self._operations = frozenset(operations)
+        self._superblocks = sorted(superblocks)
         self.count = 0
         self.failures = 0
         self.size = device.size
@@ -318,6 +321,14 @@ class FaultyDevice:
             gone = gone or self.count == self._fail_at
         self.failures += gone
         return gone
+
+    def _half(self, offset: int, length: int) -> int:
+        """How much of an operation a short one does."""
+        end = offset + length // 2
+        for superblock in self._superblocks:
+            if superblock < end < superblock + SUPERBLOCK_BYTES:
+                end = max(offset, superblock)
+        return end - offset
 
     def _error(self, operation: OperationKind, offset: int, length: int) -> OSError:
         number = errno.ENOSPC if self._kind == "ENOSPC" else errno.EIO
@@ -339,7 +350,7 @@ class FaultyDevice:
         """Write to the device below, or fail."""
         if self._fails("write"):
             if self._kind == "short":
-                self._device.pwrite(offset, memoryview(data)[: len(data) // 2])
+                self._device.pwrite(offset, memoryview(data)[: self._half(offset, len(data))])
             raise self._error("write", offset, len(data))
         self._device.pwrite(offset, data)
 
@@ -347,7 +358,7 @@ class FaultyDevice:
         """Punch the device below, or fail."""
         if self._fails("punch"):
             if self._kind == "short":
-                self._device.punch(offset, length // 2)
+                self._device.punch(offset, self._half(offset, length))
             raise self._error("punch", offset, length)
         self._device.punch(offset, length)
 

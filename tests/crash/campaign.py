@@ -39,6 +39,7 @@ from extsnap.blockdev.recording import (
     NOTHING,
     CrashState,
     MemoryDevice,
+    Operation,
     RecordingDevice,
     crash_state,
     crash_states,
@@ -179,6 +180,14 @@ class Step:
     events: list[Event] = field(default_factory=list)
 
 
+def metadata_touched(log: list[Operation], before: Moment, after: Moment) -> Flags:
+    """bool[blocks]: what the operations write, blocks of files left out."""
+    touched = np.zeros(len(before.files), np.bool_)
+    for operation in log:
+        touched[operation.offset // BLOCK : -(-(operation.offset + operation.length) // BLOCK)] = True
+    return touched & ~(before.files | after.files)
+
+
 class Campaign:
     """A volume's life, recorded; see the module."""
 
@@ -238,10 +247,7 @@ class Campaign:
         for view_name in set(after.views) - set(before.views):
             wrong = lab.unequal(after.views[view_name], before.base) & before.files
             assert not wrong.any(), f"{view_name} is not what the base was: blocks {np.flatnonzero(wrong)[:10]}"
-        touched = np.zeros(len(before.files), np.bool_)
-        for operation in self.device.log[first:last]:
-            touched[operation.offset // BLOCK : -(-(operation.offset + operation.length) // BLOCK)] = True
-        touched &= ~(before.files | after.files)
+        touched = metadata_touched(self.device.log[first:last], before, after)
         self.steps.append(Step(name, first, last, before, after, touched, time, self._events))
 
     def write(self, offset: int, data: bytes) -> None:
@@ -308,6 +314,19 @@ class Campaign:
         events = [Event(0, 0, True, 0, base)] if base is not None else []
         step = replace(step, events=events)
         self._recovered(MemoryDevice(content), content, step, lambda found: self._require_flushed(found, step, 0))
+
+    def alone(self, step: Step, content: bytes, action: Callable[[Volume], object]) -> Step:
+        """The step as a program of its own does it on the medium that the step found: what it wrote, what it left."""
+        device = RecordingDevice(MemoryDevice(content))
+        self.time = step.time
+        volume = self.opened(device)
+        action(volume)
+        base = volume.read(0, volume.size)
+        survey = lab.survey(base)
+        views = {name: self.view(volume, name) for name in volume.snapshot_names()}
+        after = Moment(views, base, survey.in_use & ~survey.store_data, survey.files)
+        touched = metadata_touched(device.log, step.before, after)
+        return replace(step, last=step.first + len(device.log), after=after, touched=touched)
 
     def opened_serving(self, device: MemoryDevice) -> Volume:
         """The volume of a medium that was taken while it was served, served again."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
-_SHORT, _LONG = 150, 4000
+from extsnap.snapshot import engine
+
+_SHORT, _LONG = 100, 4000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,3 +26,12 @@ def crash_states(request: pytest.FixtureRequest) -> int:
     option = request.config.getoption("--crash-states", default=None)
     default = _LONG if os.environ.get("EXTSNAP_LONG") else _SHORT
     return int(option if option is not None else os.environ.get("EXTSNAP_CRASH_STATES", default))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_hold() -> Iterator[None]:
+    """A hold that fills up within a session of these tests: more batches, and thousands of opens are faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "HOLD_BYTES", 32 << 10)
+        patch.setattr(engine, "PIECE_BYTES", 64 << 10)
+        yield

@@ -203,3 +203,11 @@ def test_a_short_punch_does_half():
     with pytest.raises(OSError):
         device.punch(0, 4 * SECTOR)
     assert letters(below.content) == "00.."
+
+
+def test_a_short_write_tears_no_superblock():
+    below = MemoryDevice(sector(".", 8))
+    device = FaultyDevice(below, fail_at=1, kind="short", superblocks=[1024])
+    with pytest.raises(OSError):
+        device.pwrite(0, sector("a", 6))  # half of it would end within the superblock
+    assert letters(below.content) == "aa......"
