@@ -216,7 +216,7 @@ class Server:
                 break
             if self._waiting:
                 self._look_after_waiting()
-            if self._ending_soon and not self._keeper_holds() and not self._files.total_opens:
+            if self._ending_soon and not (self._over or self._keeper_holds() or self._files.total_opens):
                 self._try_to_end()
 
     def _timeout(self) -> int | None:
