@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import subprocess
@@ -31,6 +32,26 @@ def fill(path: Path, size: int) -> OSError | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def fail_in_part(descriptor: int, copied: list[int], file: set[int], block_size: int) -> None:
+    """A write of two blocks in two pages: there is room for the first one only.
+
+    The kernel cuts it in two and tells only how much was written.  A loop device takes that for the whole, so the
+    next fsync must fail.
+    """
+    last_of_pages = [block for block in copied[-20:] if (block + 1) * block_size % mmap.PAGESIZE == 0]
+    block = max(block for block in last_of_pages if block + 1 in file)
+    assert os.pwrite(descriptor, b"\xa6" * 2 * block_size, block * block_size) == block_size
+    with pytest.raises(OSError) as failure:
+        os.fsync(descriptor)
+    assert failure.value.errno == errno.ENOSPC
+    os.fsync(descriptor)
+
+
+def overwrite(descriptor: int, blocks: list[int], block_size: int) -> None:
+    for block in blocks:
+        os.pwrite(descriptor, b"\xa5" * block_size, block * block_size)
 
 
 def judge(cli: Cli, image: Path, copies: dict[str, Path], directory: Path) -> None:
@@ -64,23 +85,22 @@ def test_a_served_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli)
         directory = top / "served"
         directory.mkdir()
         run_cli("attach", image, directory)
-        failure = None
         try:
             descriptor = os.open(directory / "volume", os.O_RDWR)
             try:
-                for block in blocks.tolist()[:: MIB // block_size // 8]:
-                    os.pwrite(descriptor, b"\xa5" * block_size, block * block_size)
+                # Every now and then a block, so that later some are copied and their neighbours are not.
+                copied = blocks.tolist()[:: MIB // block_size // 8 - 1]
+                overwrite(descriptor, copied, block_size)
                 os.fsync(descriptor)
-                for block in blocks.tolist():
-                    os.pwrite(descriptor, b"\xa5" * block_size, block * block_size)
-            except OSError as error:
-                failure = error
+                with pytest.raises(OSError) as failure:
+                    overwrite(descriptor, blocks.tolist(), block_size)
+                assert failure.value.errno == errno.ENOSPC
+                if block_size < mmap.PAGESIZE:
+                    fail_in_part(descriptor, copied, set(blocks.tolist()), block_size)
             finally:
                 os.close(descriptor)
         finally:
             run_cli("detach", image, status=None)
-        assert failure is not None
-        assert failure.errno == errno.ENOSPC
         oracle.assert_clean(image)
         judge(run_cli, image, copies, directory)
         # The first deletion frees nothing: the other snapshot shares every copy.
