@@ -130,7 +130,8 @@ def test_a_mounted_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli
         assert failure.errno in (errno.ENOSPC, errno.EIO, errno.EROFS), failure
         # fsync told already; whether the end of the session tells once more depends on what was still dirty.
         assert told.returncode in (0, 1), told
-        assert "room" in told.stderr or "recover" in told.stderr
+        if told.returncode:
+            assert "room" in told.stderr or "recover" in told.stderr
         # A mounted ext4 that could not write its journal was not closed: the next command replays it.
         run_cli("delete", image, "one")
         oracle.assert_clean(image)
