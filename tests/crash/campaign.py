@@ -5,7 +5,7 @@ for each step, what was before and after it: the base volume's bytes, every snap
 dumpe2fs say about which blocks are in use and which belong to files.  `Campaign.judge` then takes one medium that a
 power cut may have left (docs/TESTING.md, the fault model) and requires:
 
-1. before anything opens it: the dirty mark is on, or ``e2fsck -fn`` exits 0 on it as it is;
+1. before anything opens it: the dirty mark is on, or no superblock has it and ``e2fsck -fn`` exits 0 on it as it is;
 2. the next writing command opens it, replays a journal by stock ``e2fsck -p`` through the write path, and leaves it
    at rest, without the mark, both bitmaps and every copy sound, ``e2fsck -fn`` clean;
 3. the interrupted command never happened or is complete: snapshots and base are those from before, or from after;
@@ -49,7 +49,7 @@ from extsnap.snapshot.volume import Volume
 Flags = npt.NDArray[np.bool_]
 BLOCK = lab.BLOCK
 SECTOR = 512
-MARK_BYTE, MARK_BIT = 1024 + 0x63, 0x80
+MARK_BYTE, MARK_BIT = 0x63, 0x80
 SLOT_MAGIC = b"EXTSNAP\x01"
 _TOOLS = {**os.environ, "LC_ALL": "C", "E2FSPROGS_FAKE_TIME": "1700000000"}
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -349,7 +349,9 @@ class Campaign:
         require_flushed: Callable[[bytes], None],
     ) -> Moment:
         """Open a medium, recover it, judge it; returns what it is then."""
-        if not content[MARK_BYTE] & MARK_BIT:
+        marked = [at for at in self.superblocks if content[at + MARK_BYTE] & MARK_BIT]
+        if self.superblocks[0] not in marked:
+            assert not marked, "a backup superblock has the dirty mark and the primary has not"
             complaint = self.fsck.complaint(content)
             assert not complaint, f"there is no dirty mark, and {complaint}"
         volume = self.opened(device)
