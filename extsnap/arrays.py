@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
+
+_PART_BYTES = 1 << 20
 
 
 def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
@@ -111,23 +114,50 @@ def set_positions(bitmap: Bits, start: int, stop: int) -> Ints:
 
 
 def bitmap_runs(bitmap: Bits, size: int) -> Ints:
-    """Runs (start, length) of set bits among the first ``size`` bits: int64[n, 2].
+    """Runs (start, length) of set bits among the first ``size`` bits: int64[n, 2]."""
+    parts = list(_iter_runs(size, lambda low, high: bitmap[low:high]))
+    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
 
-    Bytes that equal their neighbours' uniform value are skipped before bits are unpacked, so a large and
-    mostly uniform bitmap costs its bytes, not its bits.
+
+def iter_clear_runs(bitmaps: Sequence[Bits], size: int) -> Iterator[Ints]:
+    """Runs (start, length) of bits that are clear in all ``bitmaps``, in order, some at a time: int64[n, 2] each."""
+    first, *others = bitmaps
+
+    def clear(low: int, high: int) -> Bits:
+        taken = first[low:high]
+        for other in others:
+            taken = taken | other[low:high]
+        return ~taken
+
+    return _iter_runs(size, clear)
+
+
+def _iter_runs(size: int, part: Callable[[int, int], Bits]) -> Iterator[Ints]:
+    """Runs of set bits of the bitmap whose bytes [low, high) are ``part(low, high)``.
+
+    A mebibyte at a time, so that a bitmap of any size costs little memory and a caller may stop early.  Bytes that
+    equal their neighbours' uniform value are skipped before bits are unpacked.
     """
-    if not size:
-        return np.zeros((0, 2), np.int64)
-    body = bitmap[: (size + 7) // 8].copy()
-    if size & 7:
-        body[-1] &= (1 << (size & 7)) - 1
-    # A byte matters where it is mixed or where it differs from the byte before it.
-    before = np.concatenate([np.zeros(1, np.uint8), body[:-1]])
-    interesting = np.flatnonzero((body != before) | ((body != 0) & (body != 0xFF)))
-    bits = np.unpackbits(body[interesting], bitorder="little").reshape(-1, 8)
-    last = np.concatenate([(before[interesting] >> 7)[:, None], bits[:, :7]], axis=1)
-    row, column = np.nonzero(bits != last)
-    edges = interesting[row] * 8 + column
-    if len(edges) % 2:
-        edges = np.append(edges, size)
-    return edges.reshape(-1, 2).astype(np.int64) @ np.array([[1, -1], [0, 1]], np.int64)
+    total = (size + 7) // 8
+    carry = 0
+    start = np.zeros(0, np.int64)  # the first bit of a run that is still open
+    for low in range(0, total, _PART_BYTES):
+        high = min(low + _PART_BYTES, total)
+        body = part(low, high)
+        if high == total and size & 7:
+            body = body.copy()
+            body[-1] &= (1 << (size & 7)) - 1
+        # A byte matters where it is mixed or where it differs from the byte before it.
+        before = np.concatenate([np.array([carry], np.uint8), body[:-1]])
+        interesting = np.flatnonzero((body != before) | ((body != 0) & (body != 0xFF)))
+        bits = np.unpackbits(body[interesting], bitorder="little").reshape(-1, 8)
+        last = np.concatenate([(before[interesting] >> 7)[:, None], bits[:, :7]], axis=1)
+        row, column = np.nonzero(bits != last)
+        edges = np.concatenate([start, (interesting[row] + low) * 8 + column])
+        carry = int(body[-1])
+        if high == total and len(edges) % 2:
+            edges = np.append(edges, size)
+        whole = len(edges) // 2 * 2
+        start = edges[whole:]
+        if whole:
+            yield edges[:whole].reshape(-1, 2) @ np.array([[1, -1], [0, 1]], np.int64)

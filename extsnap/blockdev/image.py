@@ -10,9 +10,11 @@ import stat
 from typing import Literal
 
 from extsnap.blockdev.base import Buffer
+from extsnap.blockdev.early import EarlyWriter
 from extsnap.errors import ExtsnapError, ImageNotFound, VolumeBusy
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -71,6 +73,7 @@ class ImageFile:
             self.device_id = (opened.st_dev, opened.st_ino)
             self.size = os.lseek(self._descriptor, 0, os.SEEK_END)
             self._is_file = stat.S_ISREG(opened.st_mode)
+            self._early = EarlyWriter(self._descriptor, every=_WRITE_EARLY_EVERY)
             if lock != "none":
                 self._lock(exclusive=lock == "exclusive")
         except BaseException:
@@ -94,6 +97,7 @@ class ImageFile:
     def close(self) -> None:
         """Close the file; the lock goes with it."""
         if self._descriptor >= 0:
+            self._early.close()
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -138,6 +142,7 @@ class ImageFile:
                 if not count:
                     raise OSError(errno.ENOSPC, "no progress")
                 done += count
+            self._early.written(done)
         except OSError as error:
             raise _failure(error, f"writing {len(data)} bytes", self.path, offset) from error
 
@@ -161,6 +166,7 @@ class ImageFile:
         """
         try:
             os.fdatasync(self._descriptor)
+            self._early.settled()
         except OSError as error:
             raise _failure(error, "flushing", self.path, 0) from error
 

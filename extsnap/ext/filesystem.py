@@ -352,10 +352,9 @@ class Filesystem:
         """
         if self._bitmaps is None:
             self._bitmaps = self._load_bitmaps()
-        used = self._bitmaps if avoid is None else self._bitmaps | avoid
+        taken = [self._bitmaps.reshape(-1)] + ([] if avoid is None else [avoid.reshape(-1)])
         geometry = self.geometry
-        size = geometry.blocks_count - geometry.first_data_block
-        runs = choose_free(used.reshape(-1), size, count)
+        runs = choose_free(taken, geometry.blocks_count - geometry.first_data_block, count)
         return np.asarray(runs[runs[:, 1] >= min_run] + np.array([geometry.first_data_block, 0]))
 
     # -- inodes -----------------------------------------------------------------------------------------

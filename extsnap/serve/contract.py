@@ -53,6 +53,9 @@ class EngineVolume(ServedVolume, Protocol):
     """A whole volume: the files, the verbs, and the two ends of serving it."""
 
     @property
+    def block_size(self) -> int: ...
+
+    @property
     def needs_replay(self) -> bool: ...
 
     def verb(self, name: str, /, **arguments: Any) -> dict[str, Any]: ...

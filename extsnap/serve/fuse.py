@@ -9,11 +9,14 @@ One request is one ``readv``, one positioned read or write of the volume, and on
 buffers are allocated once and page-aligned.  ``linux/fuse.h`` is the specification; structures keep
 its field order, in the byte order of the host.
 
-*Caching.*  Names and attributes have timeouts of zero, so a snapshot appears and vanishes at once.  A
+*Caching.*  Names and attributes have timeouts of zero, so a snapshot appears and vanishes at once.
+(``volume`` alone keeps its attributes where the kernel delays writes: it would ask for them before each.)  A
 snapshot's node number comes from its id, which is never used again: a name that is used again cannot
 show pages of the snapshot that had it before.  ``volume`` is opened without ``FOPEN_KEEP_CACHE``, so
 pages from before a restore (which is refused while ``volume`` is open) are dropped by the next open.
-Writes go through the kernel's page cache to us at once unless ``writeback_cache`` is asked for.
+With ``writeback_cache`` writes stay in the kernel's page cache until fsync, close or memory pressure,
+as with any file; a write that has no room then fails at fsync or close.  Without it, and with O_DIRECT
+(our own loop devices), they reach us at once.
 
 *Turns.*  ``serve_one`` handles one request and returns: the caller decides what happens between two
 requests, and nothing here starts a thread or touches the mount from above.
@@ -71,6 +74,7 @@ DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type
 
 KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
+_KEPT = 1 << 30  # seconds
 
 ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 16
 
@@ -406,6 +410,10 @@ class FuseFiles:
         blocks, owner = -(-size // 512), (self._uid, self._gid)
         return ATTR.pack(node, size, blocks, changed, changed, changed, 0, 0, 0, mode, links, *owner, 0, 4096, 0)
 
+    def _valid(self, node: int) -> int:
+        """Seconds for which the kernel may keep the attributes of a node."""
+        return _KEPT if node == VOLUME_NODE and self._writeback_cache else 0
+
     def _snapshot(self, name: str) -> _Node:
         if name not in self._volume.snapshot_names():
             self._by_name.pop(name, None)
@@ -436,7 +444,7 @@ class FuseFiles:
             number = node.number
         if not number:
             raise _Refused(errno.ENOENT)
-        return ENTRY_OUT.pack(number, 0, 0, 0, 0, 0) + self._attributes(number)
+        return ENTRY_OUT.pack(number, 0, 0, self._valid(number), 0, 0) + self._attributes(number)
 
     def _forget(self, opcode: int, node: int, length: int) -> None:
         """FORGET and BATCH_FORGET have no answer, not even to a malformed one."""
@@ -461,7 +469,7 @@ class FuseFiles:
             self._nodes.pop(node.number, None)
 
     def _getattr(self, node: int, body: bytes) -> bytes:
-        return ATTR_OUT.pack(0, 0, 0) + self._attributes(node)
+        return ATTR_OUT.pack(self._valid(node), 0, 0) + self._attributes(node)
 
     def _setattr(self, node: int, body: bytes) -> bytes:
         fields = SETATTR_IN.unpack_from(body)

@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import mmap
 import os
 import select
 import signal
@@ -60,7 +61,6 @@ class ServerConfig:
         private: The directory is ours: removed at the end.
         auto_end: End with the last user instead of by ``detach``.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
-        writeback_cache: Let the kernel delay writes to ``volume``.
         allow_other: Let other users in, as far as the files' modes do.
     """
 
@@ -71,7 +71,6 @@ class ServerConfig:
     private: bool = False
     auto_end: bool = False
     lazy: bool = False
-    writeback_cache: bool = False
     allow_other: bool = False
 
     def to_json(self) -> str:
@@ -126,7 +125,8 @@ class Server:
                 self._fuse_fd,
                 self._volume,
                 writable=self.config.writable,
-                writeback_cache=self.config.writeback_cache,
+                # A page of the kernel's cache is written whole: where it holds several blocks, all would be copied.
+                writeback_cache=self._volume.block_size >= mmap.PAGESIZE,
                 before_write=self._begin if self.config.writable else None,
                 log=self.log,
             )

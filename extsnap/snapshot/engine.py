@@ -292,6 +292,11 @@ class Engine:
         spare = max(0, self.store.available - self.reserve())
         return spare * self.block_size // (self.block_size + _RECORD_BYTES) - self._held_cost
 
+    def blocks_to_preserve(self) -> int:
+        """Blocks that would be copied if all of the volume were overwritten now: at most, see `rebuild_need`."""
+        count: int = np.bitwise_count(self.need_bits & ~self._owned_bits).sum(dtype=np.int64)
+        return int(count)
+
     def blocks_for(self, copies: int) -> int:
         """Blocks that ``copies`` copy blocks take, with a record for each that the next fold writes."""
         return copies + -(-copies * _RECORD_BYTES // self.block_size)

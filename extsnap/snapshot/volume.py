@@ -729,8 +729,10 @@ class Volume:
         engine, store = self.require_engine(), self.require_store()
         geometry = self.filesystem().geometry
         half = max(0, geometry.free_blocks - geometry.reserved_blocks) // 2
-        preserve = engine.need_bits if engine.snapshots else self.preserved_now()
-        needed = int(np.bitwise_count(preserve).sum(dtype=np.int64))
+        if engine.snapshots:
+            needed = engine.blocks_to_preserve()
+        else:
+            needed = int(np.bitwise_count(self.preserved_now()).sum(dtype=np.int64))
         edit.grow(self, min(needed + MINIMUM_ROOM + engine.reserve() - store.available, half))
         if not engine.snapshots:
             self.settle()

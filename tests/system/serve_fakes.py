@@ -40,6 +40,8 @@ class FakeView:
 class FakeVolume:
     """State beside the image: ``IMAGE.json`` (snapshots and ids, mark, a journal of what was called)."""
 
+    block_size = 4096
+
     def __init__(self, path: str, writable: bool) -> None:
         self.path = path
         self._writable = writable

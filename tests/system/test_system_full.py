@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -49,9 +50,10 @@ def fail_in_part(descriptor: int, copied: list[int], file: set[int], block_size:
     os.fsync(descriptor)
 
 
-def overwrite(descriptor: int, blocks: list[int], block_size: int) -> None:
+def overwrite_durably(descriptor: int, blocks: list[int], block_size: int) -> None:
     for block in blocks:
         os.pwrite(descriptor, b"\xa5" * block_size, block * block_size)
+    os.fsync(descriptor)  # where the kernel delays writes, they fail here at the latest
 
 
 def judge(cli: Cli, image: Path, copies: dict[str, Path], directory: Path) -> None:
@@ -90,15 +92,15 @@ def test_a_served_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli)
             try:
                 # Every now and then a block, so that later some are copied and their neighbours are not.
                 copied = blocks.tolist()[:: MIB // block_size // 8 - 1]
-                overwrite(descriptor, copied, block_size)
-                os.fsync(descriptor)
+                overwrite_durably(descriptor, copied, block_size)
                 with pytest.raises(OSError) as failure:
-                    overwrite(descriptor, blocks.tolist(), block_size)
+                    overwrite_durably(descriptor, blocks.tolist(), block_size)
                 assert failure.value.errno == errno.ENOSPC
                 if block_size < mmap.PAGESIZE:
                     fail_in_part(descriptor, copied, set(blocks.tolist()), block_size)
             finally:
-                os.close(descriptor)
+                with contextlib.suppress(OSError):  # told above; a close may tell again
+                    os.close(descriptor)
         finally:
             run_cli("detach", image, status=None)
         oracle.assert_clean(image)

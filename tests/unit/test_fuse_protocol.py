@@ -187,6 +187,20 @@ def test_init_negotiates_large_requests(volume: Volume, writeback: bool) -> None
     kernel.theirs.close()
 
 
+def test_the_kernel_keeps_attributes_only_of_what_it_writes_late(volume: Volume) -> None:
+    """With delayed writes it would ask for them before every single write; a snapshot must still vanish at once."""
+    kernel = Kernel(volume, writeback_cache=True)
+    for parent, name, kept in ((fuse.ROOT_NODE, "volume", True), (fuse.SNAPSHOTS_NODE, "one", False)):
+        payload = kernel.good(fuse.LOOKUP, parent, name.encode() + b"\0")
+        node, _, entry_valid, attr_valid, _, _ = fuse.ENTRY_OUT.unpack_from(payload)
+        assert entry_valid == 0
+        assert bool(attr_valid) is kept
+        assert bool(fuse.ATTR_OUT.unpack_from(kernel.good(fuse.GETATTR, node, bytes(16)))[0]) is kept
+    kernel.files.close()
+    kernel.ours.close()
+    kernel.theirs.close()
+
+
 def test_init_refuses_an_old_kernel(kernel: Kernel) -> None:
     assert kernel.ask(fuse.INIT, 0, fuse.INIT_IN.pack(7, 19, 0, 0))[0] == errno.EPROTO
     assert "7.19" in kernel.log[0]

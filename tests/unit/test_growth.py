@@ -1,0 +1,34 @@
+"""How far the store grows while a volume is served, by debugfs's block lists of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import oracle
+import pytest
+from arena import make_volume
+
+import extsnap
+
+FILE_BYTES = 4 << 20
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+def test_snapshots_taken_while_serving_do_not_pile_up_room(kind: str, tmp_path: Path) -> None:
+    """Room for everything that is still to be preserved is enough, however many snapshots are taken."""
+    content = {"big": bytes(range(256)) * (FILE_BYTES // 256)}
+    image = make_volume(tmp_path / "disk.img", kind, 64, "-b", "1024", files=content)
+    used = int(oracle.blocks_in_use(image).sum())
+    seen, sizes = tmp_path / "seen", []
+    with extsnap.open(image) as volume:
+        volume.begin_serving()
+        for number in range(4):
+            volume.verb("create", name=f"s{number}")
+            seen.write_bytes(volume.read(0, volume.size))  # the image itself bears the mark
+            found = oracle.store_blocks(seen)
+            assert found is not None
+            sizes.append(len(found.data_blocks))
+        assert volume.end_serving()
+    assert sizes[0] <= used + 400, "more than what there is to preserve, and the tables"
+    assert sizes[-1] - sizes[0] <= 3 * 64, f"each snapshot took room of its own: {sizes}"
+    oracle.assert_clean(image)
