@@ -46,6 +46,7 @@ __all__ = [
     "free_counts",
     "free_runs",
     "mounted",
+    "parse_stat",
     "preserved_blocks",
     "sha256",
     "store_blocks",
@@ -178,7 +179,11 @@ _LEVELS = {"IND": 1, "DIND": 2, "TIND": 3}
 
 def file_blocks(image: StrPath, path: str) -> FileBlocks:
     """Return where a file lies; ``path`` may be an inode number as ``<8>``."""
-    answer = debugfs(image, f'stat "{path}"')[0]
+    return parse_stat(debugfs(image, f'stat "{path}"')[0])
+
+
+def parse_stat(answer: str) -> FileBlocks:
+    """Return where a file lies, from what ``debugfs stat`` printed of it."""
     section = re.search(r"^(?:EXTENTS|BLOCKS):\n(.*)", answer, re.MULTILINE | re.DOTALL)
     rows: list[tuple[int, int, int]] = []
     mapping: list[int] = []

@@ -28,6 +28,8 @@ from extsnap.ondisk.extent import (
 
 DIRECT = 12
 ROOT_ENTRIES = 4
+#: Nodes read at a time: a tree of many empty nodes must not cost their bytes in memory.
+_NODES_AT_ONCE = 1024
 
 #: Reads blocks in the order given: (int64[n]) -> uint8[n, block_size].
 ReadBlocks = Callable[[Ints], npt.NDArray[np.uint8]]
@@ -66,7 +68,6 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
     Raises:
         FormatError: A node is damaged, stands twice, or points outside.
     """
-    nodes: list[bytes] = [i_block]
     depth = ExtentHeader.parse(i_block[:HEADER_SIZE]).eh_depth
     if depth > DEPTH_MAX:
         raise FormatError(f"depth {depth} is too large", structure="extent header", field="eh_depth")
@@ -74,21 +75,25 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
     levels: list[Ints] = []
     found: list[Ints] = []
     seen = 0
-    for level in range(depth, 0, -1):
-        index = np.concatenate([_entries(node, level, INDEX_DTYPE, None) for node in nodes])
-        blocks = index["ei_leaf_lo"].astype(np.int64) | (index["ei_leaf_hi"].astype(np.int64) << 32)
+    entries = _entries(i_block, depth)
+    for level in range(depth - 1, -1, -1):
+        blocks = entries["ei_leaf_lo"].astype(np.int64) | (entries["ei_leaf_hi"].astype(np.int64) << 32)
         seen += len(blocks)
-        if len(blocks) and (blocks.max() >= blocks_count or blocks.min() < 1 or seen > blocks_count):
+        if blocks.max() >= blocks_count or blocks.min() < 1 or seen > blocks_count:
             raise FormatError("a node lies outside the volume", structure="extent index", field="ei_leaf")
-        starts.append(index["ei_block"].astype(np.int64))
-        levels.append(np.full(len(blocks), level - 1, np.int64))
+        starts.append(entries["ei_block"].astype(np.int64))
+        levels.append(np.full(len(blocks), level, np.int64))
         found.append(blocks)
         if len(np.unique(np.concatenate(found))) != seen:
             raise FormatError("a node stands twice in the tree", structure="extent index", field="ei_leaf")
-        nodes = [node.tobytes() for node in read(blocks)]
-        for node in nodes:
-            _verify_node(node, seed)
-    leaves = np.concatenate([_entries(node, 0, LEAF_DTYPE, None) for node in nodes])
+        tables = []
+        for low in range(0, len(blocks), _NODES_AT_ONCE):
+            for row in read(blocks[low : low + _NODES_AT_ONCE]):
+                node = row.tobytes()
+                tables.append(_entries(node, level))
+                _verify_node(node, seed)
+        entries = np.concatenate(tables)
+    leaves = entries
     length = leaves["ee_len"].astype(np.int64)
     length = np.where(length > LENGTH_MAX, length - LENGTH_MAX, length)
     physical = leaves["ee_start_lo"].astype(np.int64) | (leaves["ee_start_hi"].astype(np.int64) << 32)
@@ -98,6 +103,7 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
         or (physical < 1).any()
         or (physical + length > blocks_count).any()
         or (logical[1:] < logical[:-1] + length[:-1]).any()
+        or length.sum() > blocks_count
     ):
         raise FormatError("an extent is out of order or outside the volume", structure="extent leaf")
     mapping = np.zeros(0, np.int64)
@@ -107,12 +113,14 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
     return FileMap(np.stack([logical, physical, length], axis=1), mapping)
 
 
-def _entries(node: bytes, depth: int, dtype: np.dtype[np.void], _: None) -> npt.NDArray[np.void]:
+def _entries(node: bytes, depth: int) -> npt.NDArray[np.void]:
     head = ExtentHeader.parse(node[:HEADER_SIZE])
     room = (len(node) - HEADER_SIZE) // ENTRY_SIZE
     if head.eh_magic != MAGIC or head.eh_depth != depth or head.eh_entries > min(head.eh_max, room):
         raise FormatError("magic, depth or count is wrong", structure="extent header")
-    return np.frombuffer(node, dtype, head.eh_entries, HEADER_SIZE)
+    if depth and not head.eh_entries:
+        raise FormatError("an index without entries", structure="extent header", field="eh_entries")
+    return np.frombuffer(node, INDEX_DTYPE if depth else LEAF_DTYPE, head.eh_entries, HEADER_SIZE)
 
 
 def _verify_node(node: bytes, seed: int | None) -> None:
@@ -221,10 +229,7 @@ def parse_indirect(i_block: bytes, read: ReadBlocks, blocks_count: int, block_si
             total = np.concatenate(found)
             if len(np.unique(total)) != len(total):
                 raise FormatError("a node stands twice in the tree", structure="indirect block")
-            pointers = read(blocks).view("<u4").astype(np.int64)
-            row, column = np.nonzero(pointers)
-            at = at[row] + column * per_block ** (level - 1)
-            blocks = pointers[row, column]
+            at, blocks = _pointers(at, blocks, read, per_block ** (level - 1), blocks_count)
         else:
             logical.append(at)
             physical.append(blocks)
@@ -238,6 +243,21 @@ def parse_indirect(i_block: bytes, read: ReadBlocks, blocks_count: int, block_si
     if found:
         mapping = np.concatenate(found)[_preorder(np.concatenate(starts), np.concatenate(levels))]
     return FileMap(np.stack([at[first], blocks[first], length], axis=1).reshape(-1, 3), mapping)
+
+
+def _pointers(at: Ints, blocks: Ints, read: ReadBlocks, span: int, blocks_count: int) -> tuple[Ints, Ints]:
+    """(logical, physical) of what the nodes ``blocks`` point at; ``at`` is where each begins to map."""
+    logical, physical = [], []
+    count = 0
+    for low in range(0, len(blocks), _NODES_AT_ONCE):
+        pointers = read(blocks[low : low + _NODES_AT_ONCE]).view("<u4")
+        row, column = np.nonzero(pointers)
+        count += len(row)
+        if count > blocks_count:
+            raise FormatError("it maps more blocks than the volume has", structure="indirect block")
+        logical.append(at[low + row] + column * span)
+        physical.append(pointers[row, column].astype(np.int64))
+    return np.concatenate(logical), np.concatenate(physical)
 
 
 def _indirect_shape(data: Ints, block_size: int) -> tuple[list[Ints], list[int]]:
