@@ -80,7 +80,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         volume.set_mark(True)
         if safety:
             entry = volume.stage_snapshot(
-                _safety_name(volume, name, created),
+                _safety_name(volume, target, created),
                 f"before restoring {name}",
                 fmt.Kind.SAFETY,
                 fmt.Consistency.CLEAN,
@@ -112,12 +112,13 @@ def newest_safety(volume: Volume) -> fmt.Snapshot:
     return found[-1]
 
 
-def _safety_name(volume: Volume, name: str, created: int) -> str:
-
+def _safety_name(volume: Volume, target: fmt.Snapshot, created: int) -> str:
+    """``before-restore-NAME-TIME``; going back to a safety snapshot is an undo, whose name would only grow."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(created // 10**9))
-    room = 255 - len(f"before-restore--{stamp}-999")
-    short = name.encode()[:room].decode(errors="ignore")
-    base = f"before-restore-{short}-{stamp}"
+    base = f"before-undo-{stamp}"
+    if target.kind != fmt.Kind.SAFETY:
+        room = 255 - len(f"before-restore--{stamp}-999")
+        base = f"before-restore-{target.name.encode()[:room].decode(errors='ignore')}-{stamp}"
     taken = set(volume.snapshot_names())
     number, chosen = 1, base
     while chosen in taken:

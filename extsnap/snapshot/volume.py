@@ -43,6 +43,7 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.filesystem import Filesystem
+from extsnap.ext.magic import recognise
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import Engine
@@ -195,7 +196,9 @@ class Volume:
         self.size = self.medium.size
         self.store = self.engine = None
         if not self.medium.offsets:
-            raise NotExtError(f"{self.path} holds no ext2, ext3 or ext4 filesystem", hint="check the path")
+            found, hint = recognise(self._device)
+            what = f"{found}, not ext2, ext3 or ext4" if found else "no ext2, ext3 or ext4 filesystem"
+            raise NotExtError(f"{self.path} holds {what}", hint=hint or "check the path")
         fs = Filesystem.open(self.medium)
         self.block_size = fs.geometry.block_size
         slots = fmt.parse_pointer(self.medium.state.pointer) if self.medium.state.pointer else None

@@ -103,7 +103,7 @@ REASONS: dict[str, list[str]] = {
     "random_bytes": NO_FILESYSTEM,
     "zeros": NO_FILESYSTEM,
     "text": NO_FILESYSTEM,
-    "xfs": [*NO_FILESYSTEM, "xfs"],
+    "xfs": ["holds an xfs filesystem, not ext2, ext3 or ext4"],
     "fifo": ["neither a file nor a block device", "not a regular file"],
 }
 

@@ -170,6 +170,7 @@ def the_whole_line(name: str, run_cli: Cli, scratch: Path) -> None:
             session.judge_views(directory, ["one", "two"])
             oracle.assert_clean(directory / "snapshots" / safety)
     second = run_cli("restore", image, "--undo").stdout.strip()
+    assert second.startswith("before-undo-")
     oracle.assert_clean(image)
     oracle.assert_same_tree(before, session.tree(image))
 
