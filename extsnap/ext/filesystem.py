@@ -10,6 +10,7 @@ descriptors are written: backups are refreshed by e2fsck and resize2fs, as ever.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -342,17 +343,17 @@ class Filesystem:
             raise FormatError(f"a block that becomes {state} is {state} already", structure="block bitmap")
         self._dirty_groups.update(touched.tolist())
 
-    def find_free(self, count: int, *, avoid: Bits | None = None, min_run: int = 1) -> Ints:
+    def find_free(self, count: int, *, avoid: Sequence[Bits] = (), min_run: int = 1) -> Ints:
         """Up to ``count`` free blocks as runs (start, length), sorted; long runs are preferred.
 
         Args:
             count: Blocks wanted; fewer come back where there are not as many.
-            avoid: uint8[groups, row_bytes], blocks not to take.
+            avoid: uint8[groups, row_bytes] each, blocks not to take.
             min_run: Shorter runs are left out.
         """
         if self._bitmaps is None:
             self._bitmaps = self._load_bitmaps()
-        taken = [self._bitmaps.reshape(-1)] + ([] if avoid is None else [avoid.reshape(-1)])
+        taken = [self._bitmaps.reshape(-1), *(bits.reshape(-1) for bits in avoid)]
         geometry = self.geometry
         runs = choose_free(taken, geometry.blocks_count - geometry.first_data_block, count)
         return np.asarray(runs[runs[:, 1] >= min_run] + np.array([geometry.first_data_block, 0]))

@@ -123,7 +123,7 @@ def grow(volume: Volume, blocks: int) -> int:
         ask = min(step, blocks - added, free - free // 64 - 8)
         if ask < 1:
             break
-        runs = fs.find_free(ask, avoid=volume.needed_groups(fs))
+        runs = fs.find_free(ask, avoid=[volume.needed_groups(fs)])
         found = int(runs[:, 1].sum())
         if not found:
             break

@@ -512,7 +512,10 @@ class Engine:
     # -- folding ----------------------------------------------------------------------------------------
 
     def purge(self) -> int:
-        """Forget records that no living snapshot needs; returns the copy blocks freed by the next commit."""
+        """Forget records that no living snapshot needs; returns the copy blocks freed by the next commit.
+
+        Mask ids may change, so a fold must be part of that commit.
+        """
         self.masks.restrict(self.alive)
         freed = 0
         levels = []
@@ -526,6 +529,13 @@ class Engine:
             self.store.release(expand(level.copy[dead], level.length[dead]))
             freed += int(level.length[dead].sum())
             levels.append(level.take(np.flatnonzero(keep)))
+        used = np.zeros(self.masks.count, np.bool_)
+        for level in levels:
+            used[level.mask] = True
+        ids = self.masks.compact(used)
+        if ids is not None:
+            for level in levels:
+                level.mask, level.stored = ids[level.mask], -1
         self.index.replace(levels)
         return freed
 

@@ -98,8 +98,8 @@ def logical_runs(extents: Extents, count: int) -> Ints:
     return np.concatenate([gaps, np.array([[end, rest]], np.int64)]) if rest else gaps
 
 
-def free_runs(fs: Filesystem, count: int, avoid: Bits | None) -> Ints:
-    """``count`` free blocks as runs, blocks that a snapshot preserves avoided.
+def free_runs(fs: Filesystem, count: int, *avoid: Bits) -> Ints:
+    """``count`` free blocks as runs, none of them in the bitmaps ``avoid`` (uint8[groups, row_bytes] each).
 
     Raises:
         VolumeFull: There are not that many.
@@ -124,11 +124,11 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     """
     if fs.lookup("/" + DIRECTORY_NAME.decode()) is not None:
         raise StoreDamaged("the volume has a /.extsnap without a readable store", hint="rename or remove it first")
-    data = free_runs(fs, blocks, None)
+    data = free_runs(fs, blocks)
     fs.set_blocks(data, True)
     extents = join(map_runs(np.array([[0, blocks]], np.int64), data))
-    mapping = _new_mapping(fs, fs.mapping_blocks_needed(extents), None)
-    directory_block = int(free_runs(fs, 1, None)[0, 0])
+    mapping = _new_mapping(fs, fs.mapping_blocks_needed(extents))
+    directory_block = int(free_runs(fs, 1)[0, 0])
     fs.set_blocks(np.array([[directory_block, 1]], np.int64), True)
     directory = fs.allocate_inode(directory=True)
     store = fs.allocate_inode(directory=False)
@@ -146,10 +146,10 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     return Place(directory, store, directory_block), extents, mapping
 
 
-def _new_mapping(fs: Filesystem, count: int, avoid: Bits | None) -> Ints:
+def _new_mapping(fs: Filesystem, count: int, *avoid: Bits) -> Ints:
     if not count:
         return np.zeros(0, np.int64)
-    runs = free_runs(fs, count, avoid)
+    runs = free_runs(fs, count, *avoid)
     fs.set_blocks(runs, True)
     return expand(runs[:, 0], runs[:, 1])
 
@@ -163,9 +163,7 @@ def _new_inode(fs: Filesystem, number: int, mode: int, links: int, flags: int, n
     fs.write_inode(number, inode)
 
 
-def resize(
-    fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: Bits | None
-) -> Ints:
+def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: Bits) -> Ints:
     """Change the store's data blocks from ``extents`` to ``wanted``; returns its mapping blocks then.
 
     Mapping blocks are reused in their order, so that nodes which do not change are not written.
@@ -177,7 +175,9 @@ def resize(
     fs.set_blocks(wanted[:, 1:], True)
     needed = fs.mapping_blocks_needed(wanted)
     if needed > len(mapping):
-        mapping = np.concatenate([mapping, _new_mapping(fs, needed - len(mapping), avoid)])
+        # A block that is given back stays the store's until the change is committed, and no node can be written there.
+        more = _new_mapping(fs, needed - len(mapping), avoid, _group_bits(fs, extents))
+        mapping = np.concatenate([mapping, more])
     elif needed < len(mapping):
         surplus = mapping[needed:]
         fs.set_blocks(np.stack([surplus, np.ones_like(surplus)], axis=1), False)
@@ -185,6 +185,13 @@ def resize(
     end = int((wanted[:, 0] + wanted[:, 2]).max())
     fs.set_file_map(store_inode, wanted, mapping, end * fs.geometry.block_size)
     return mapping
+
+
+def _group_bits(fs: Filesystem, extents: Extents) -> Bits:
+    """The data blocks of ``extents`` as the block bitmaps have them: uint8[groups * row_bytes]."""
+    geometry = fs.geometry
+    relative = extents[:, 1:] - np.array([geometry.first_data_block, 0])
+    return bits_of(relative, geometry.groups * geometry.blocks_per_group)
 
 
 def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints | None, avoid: Bits) -> Ints:
@@ -207,10 +214,7 @@ def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: I
     old = fs.file_map(store_inode)
     fs.set_blocks(old.data[:, 1:], False)
     fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)
-    geometry = fs.geometry
-    mine = bits_of(
-        extents[:, 1:] - np.array([geometry.first_data_block, 0]), geometry.groups * geometry.blocks_per_group
-    )
+    mine = _group_bits(fs, extents)
     clash = int(np.bitwise_count(mine & fs.block_bitmaps().reshape(-1)).sum())
     if clash:
         raise RestoreRefused(
@@ -223,11 +227,11 @@ def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: I
         try:
             mapping = _new_mapping(fs, needed, avoid)
         except VolumeFull:
-            mapping = _new_mapping(fs, needed, None)
+            mapping = _new_mapping(fs, needed)
     else:
         fs.set_blocks(np.stack([mapping, np.ones_like(mapping)], axis=1), True)
     end = int((extents[:, 0] + extents[:, 2]).max())
-    fs.set_file_map(store_inode, extents, mapping, end * geometry.block_size)
+    fs.set_file_map(store_inode, extents, mapping, end * fs.geometry.block_size)
     return mapping
 
 

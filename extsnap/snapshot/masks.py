@@ -13,6 +13,9 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.uint32]
 
+#: Masks that may stay unused before the table is worth numbering anew, which writes every record again.
+_SLACK = 64
+
 
 def mask_of(bits: list[int], words: int) -> Words:
     """uint64[words] with the given bits set."""
@@ -109,3 +112,21 @@ class MaskTable:
         self._ids = {}
         for index, row in enumerate(self.rows):
             self._ids.setdefault(row.tobytes(), index)
+
+    def compact(self, used: npt.NDArray[np.bool_]) -> Ids | None:
+        """Number the masks anew, once most of them are unused or equal to others.
+
+        Args:
+            used: bool[count], which ids records bear.
+
+        Returns:
+            uint32[count], the new id of every old one that is used; or None, and nothing was changed.
+        """
+        rows, inverse = np.unique(self.rows[used], axis=0, return_inverse=True)
+        if self.count < 2 * len(rows) + _SLACK:
+            return None
+        ids = np.zeros(self.count, np.uint32)
+        ids[used] = inverse.reshape(-1)
+        self._rows, self.count = rows, len(rows)
+        self._ids = {row.tobytes(): index for index, row in enumerate(rows)}
+        return ids

@@ -32,3 +32,28 @@ def test_snapshots_taken_while_serving_do_not_pile_up_room(kind: str, tmp_path: 
     assert sizes[0] <= used + 400, "more than what there is to preserve, and the tables"
     assert sizes[-1] - sizes[0] <= 3 * 64, f"each snapshot took room of its own: {sizes}"
     oracle.assert_clean(image)
+
+
+def test_giving_back_scattered_blocks_may_take_mapping_blocks(tmp_path: Path) -> None:
+    """More extents need more nodes: none of them may stand in a block that is just being given back."""
+    image = make_volume(tmp_path / "disk.img", "ext4", 24, "-b", "1024", files={"one": b"1" * 1024})
+    block = int(oracle.file_blocks(image, "/one").data_blocks[0])
+    names = [f"s{number}" for number in range(200)]
+    with extsnap.open(image) as volume:
+        for number, name in enumerate(names):
+            volume.create(name)
+            volume.begin_serving(grow=False)
+            volume.write(block * 1024, bytes([number]) * 1024)
+            assert volume.end_serving()
+        before = oracle.store_blocks(image)
+        volume.verb("delete", names=names[::2])
+        after = oracle.store_blocks(image)
+        assert before is not None
+        assert after is not None
+        assert len(after.data_blocks) < len(before.data_blocks)
+        assert len(after.mapping) > len(before.mapping), "the map did not grow: this shows nothing"
+        oracle.assert_clean(image)
+        for number, name in enumerate(names[1::2]):
+            with volume.snapshots[name].open() as view:
+                view.seek(block * 1024)
+                assert view.read(1024) == bytes([2 * number]) * 1024
