@@ -53,8 +53,8 @@ def test_masks_are_interned_restricted_and_numbered_anew(
 def test_two_hundred_dead_masks_are_worth_it() -> None:
     table = MaskTable()
     table.widen(words_for(199))
-    table.intern(np.stack([mask_of([bit], table.words) for bit in range(200)]))
+    ids = table.intern(np.stack([mask_of([bit], table.words) for bit in range(200)]))
     used = np.zeros(200, np.bool_)
-    used[[3, 7]] = True
+    used[ids[[3, 7]]] = True
     assert table.compact(used) is not None
     assert set(sets_of(table)) == {frozenset([3]), frozenset([7])}
