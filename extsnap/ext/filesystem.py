@@ -101,7 +101,7 @@ class Filesystem:
         self.writable = writable
         self.superblock = codec.parse(Superblock, raw, "superblock", OFFSET)
         self._raw_superblock = raw
-        self.geometry = Geometry.of(self.superblock)
+        self.geometry = Geometry.of(self.superblock, device.size)
         self._inode_struct = inode_struct(self.geometry.inode_size)
         self._blocks: dict[int, bytes] = {}
         self._bitmaps: Bits | None = None
@@ -125,14 +125,6 @@ class Filesystem:
         geometry = fs.geometry
         if geometry.has_metadata_csum and superblock_checksum(raw) != fs.superblock.s_checksum:
             raise FormatError("the checksum is wrong", structure="superblock", field="s_checksum", offset=OFFSET)
-        if geometry.blocks_count * geometry.block_size > device.size:
-            raise FormatError(
-                f"the filesystem has {geometry.blocks_count * geometry.block_size} bytes but the image only "
-                f"{device.size}: it is truncated",
-                structure="superblock",
-                field="s_blocks_count",
-                offset=OFFSET,
-            )
         return fs
 
     @cached_property

@@ -64,11 +64,13 @@ class Geometry:
         return OFFSET % self.block_size if block == OFFSET // self.block_size else 0
 
     @classmethod
-    def of(cls, sb: Any) -> Geometry:
+    def of(cls, sb: Any, device_bytes: int) -> Geometry:
         """From a parsed superblock.
 
+        Every array of the size of the filesystem comes after the checks, so what is taken is bounded by the device.
+
         Raises:
-            FormatError: Values that no filesystem has; names the field.
+            FormatError: Values that no filesystem has, or the device is shorter than the filesystem; names the field.
         """
 
         def require(valid: bool, field: str) -> None:
@@ -85,14 +87,25 @@ class Geometry:
         require(0 <= cluster_bits <= 20, "s_log_cluster_size")
         require(0 < sb.s_blocks_per_group <= (8 * block_size) << cluster_bits, "s_blocks_per_group")
         require(sb.s_blocks_per_group % 8 == 0, "s_blocks_per_group")
-        require(sb.s_first_data_block <= 1 and blocks > sb.s_first_data_block, "s_first_data_block")
+        first_data_block = 1 if block_size == OFFSET and not cluster_bits else 0
+        require(sb.s_first_data_block == first_data_block < blocks, "s_first_data_block")
+        if blocks * block_size > device_bytes:
+            raise FormatError(
+                f"the filesystem has {blocks * block_size} bytes but the image only {device_bytes}: it is truncated",
+                structure="superblock",
+                field="s_blocks_count",
+                offset=OFFSET,
+            )
         groups = -(-(blocks - sb.s_first_data_block) // sb.s_blocks_per_group)
         require(0 < sb.s_inodes_per_group <= 8 * block_size, "s_inodes_per_group")
+        require(sb.s_inodes_per_group % 8 == 0, "s_inodes_per_group")
         require(sb.s_inodes_count == groups * sb.s_inodes_per_group, "s_inodes_count")
         inode_size = sb.s_inode_size if sb.s_rev_level else 128
         require(128 <= inode_size <= block_size and inode_size & (inode_size - 1) == 0, "s_inode_size")
         desc_size = sb.s_desc_size if bit64 else 32
         require(desc_size in (32, 64, 128, 256, 512, 1024) and desc_size >= (64 if bit64 else 32), "s_desc_size")
+        gdt_blocks = -(-groups * desc_size // block_size)
+        require(OFFSET // block_size + 1 + gdt_blocks <= blocks, "s_blocks_per_group")
         metadata_csum = bool(sb.s_feature_ro_compat & RoCompat.metadata_csum)
         seeded = bool(sb.s_feature_incompat & Incompat.metadata_csum_seed)
         resize = bool(sb.s_feature_compat & Compat.resize_inode)
@@ -110,7 +123,7 @@ class Geometry:
             reserved_blocks=sb.s_r_blocks_count_lo | high * (sb.s_r_blocks_count_hi << 32),
             free_blocks=sb.s_free_blocks_count_lo | high * (sb.s_free_blocks_count_hi << 32),
             free_inodes=sb.s_free_inodes_count,
-            gdt_blocks=-(-groups * desc_size // block_size),
+            gdt_blocks=gdt_blocks,
             reserved_gdt_blocks=sb.s_reserved_gdt_blocks if resize else 0,
             has_metadata_csum=metadata_csum,
             has_gdt_csum=bool(sb.s_feature_ro_compat & RoCompat.uninit_bg) and not metadata_csum,

@@ -77,7 +77,7 @@ class GroupTable:
         """Check every descriptor.
 
         Raises:
-            FormatError: A checksum is wrong, or an address lies outside the volume; names the group.
+            FormatError: A checksum or a count is wrong, or an address lies outside the volume; names the group.
         """
         geometry = self._geometry
         if self.has_checksums:
@@ -95,12 +95,22 @@ class GroupTable:
             ("bg_inode_table", geometry.inode_table_blocks),
         ):
             at = self.column(name)
-            bad = np.flatnonzero((at <= geometry.first_data_block) | (at + length > geometry.blocks_count))
+            bad = np.flatnonzero((at <= geometry.first_data_block) | (at > geometry.blocks_count - length))
             if len(bad):
                 raise FormatError(
                     f"group {bad[0]} has block {at[bad[0]]}, outside the volume",
                     structure="group descriptor",
                     field=name,
+                    offset=offset + int(bad[0]) * geometry.desc_size,
+                )
+
+        if self.has_checksums:
+            bad = np.flatnonzero(self.column("bg_itable_unused") > geometry.inodes_per_group)
+            if len(bad):
+                raise FormatError(
+                    f"group {bad[0]} has more unused inodes than inodes",
+                    structure="group descriptor",
+                    field="bg_itable_unused",
                     offset=offset + int(bad[0]) * geometry.desc_size,
                 )
 
@@ -125,7 +135,7 @@ class GroupTable:
         flat = bits.reshape(-1)
         origin = np.arange(len(which)) * per_group - (which * per_group + geometry.first_data_block)
         backup = np.isin(which, geometry.backup_groups)
-        head = 1 + geometry.gdt_blocks + geometry.reserved_gdt_blocks
+        head = min(1 + geometry.gdt_blocks + geometry.reserved_gdt_blocks, per_group)
         starts = np.flatnonzero(backup) * per_group
         set_runs(flat, np.stack([starts, np.full(len(starts), head)], axis=1))
         for name, length in (
