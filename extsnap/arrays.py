@@ -47,6 +47,12 @@ def breaks_to_runs(new_run: npt.NDArray[np.bool_], maximum: int) -> tuple[Ints, 
     return first.astype(np.int64), np.diff(np.append(first, count)).astype(np.int64)
 
 
+def distinct(values: npt.NDArray[Any]) -> Ints:
+    """The values sorted, each once: int64[n].  (`numpy.unique` does more, and imports numpy.ma for it.)"""
+    ordered = np.sort(values.astype(np.int64))
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
+
+
 def runs_of(sorted_values: npt.NDArray[Any]) -> Ints:
     """Runs of consecutive integers in a sorted, duplicate-free array: int64[n, 2] of (start, length)."""
     if not len(sorted_values):

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from bitarray import bitarray
 
-from extsnap.arrays import Bits, Ints, breaks_to_runs, expand, runs_of, set_positions, set_runs, test_bits
+from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of, set_positions, set_runs, test_bits
 from extsnap.blockdev.base import Buffer
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
@@ -166,7 +166,7 @@ class Engine:
         for level in self.index.levels:
             which = everyone[level.mask]
             blocks = expand(level.block[which], level.length[which])
-            set_runs(self.need_bits, runs_of(np.unique(blocks) + self.shift), False)
+            set_runs(self.need_bits, runs_of(distinct(blocks) + self.shift), False)
 
     def set_owned(self, extents: Ints) -> None:
         """The store's data blocks are now those of ``extents``; blocks that left stay needed until decided."""
@@ -366,7 +366,7 @@ class Engine:
             return
         if not self._overwrites_due:
             held = np.array(self._held, np.int64)
-            positions = np.unique(expand(held[:, 0], held[:, 1]))
+            positions = distinct(expand(held[:, 0], held[:, 1]))
             self.preserve(positions[test_bits(self.need_bits, positions)])
             self._held_cost = 0
             self._overwrites_due = True

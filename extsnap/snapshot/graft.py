@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bits_of, expand
+from extsnap.arrays import Bits, Ints, bits_of, distinct, expand
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot.store import Extents
@@ -38,7 +38,7 @@ def map_runs(logical: Ints, physical: Ints) -> Extents:
 
     Both are int64[n, 2] of (start, length) with equal sums of lengths.
     """
-    ends = np.unique(np.concatenate([np.cumsum(logical[:, 1]), np.cumsum(physical[:, 1])]))
+    ends = distinct(np.concatenate([np.cumsum(logical[:, 1]), np.cumsum(physical[:, 1])]))
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
     rows = []
     for runs in (logical, physical):
@@ -53,7 +53,7 @@ def keep_logical(extents: Extents, keep: Ints) -> Extents:
     if not len(extents) or not len(keep):
         return np.zeros((0, 3), np.int64)
     ends = extents[:, 0] + extents[:, 2]
-    cuts = np.unique(np.concatenate([extents[:, 0], ends, keep[:, 0], keep.sum(axis=1)]))
+    cuts = distinct(np.concatenate([extents[:, 0], ends, keep[:, 0], keep.sum(axis=1)]))
     starts, lengths = cuts[:-1], np.diff(cuts)
     extent = np.searchsorted(extents[:, 0], starts, "right") - 1
     run = np.searchsorted(keep[:, 0], starts, "right") - 1

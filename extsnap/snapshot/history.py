@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, test_bits
+from extsnap.arrays import Bits, Ints, distinct, test_bits
 from extsnap.errors import StoreDamaged
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.format import ALL_CLEAR, ALL_SET
@@ -70,7 +70,7 @@ class History:
 
     def refs_in_use(self) -> Ints:
         """Logical blocks that hold bitmaps: int64[n], sorted, each once."""
-        return np.unique(self._ref[self._ref >= 0])
+        return distinct(self._ref[self._ref >= 0])
 
     # -- reading ----------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, expand, runs_of, set_runs, test_bits
+from extsnap.arrays import Ints, distinct, expand, runs_of, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -132,7 +132,7 @@ def _recorded_blocks(volume: Volume, target: fmt.Snapshot) -> Ints:
     engine = volume.require_engine()
     named = engine.masks.has(target.bit)
     parts = [expand(level.block[named[level.mask]], level.length[named[level.mask]]) for level in engine.index.levels]
-    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+    return distinct(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
 
 
 def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:

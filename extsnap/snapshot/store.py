@@ -23,7 +23,18 @@ import construct
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, bitmap_runs, bits_of, breaks_to_runs, expand, merge_runs, runs_of, set_runs
+from extsnap.arrays import (
+    Bits,
+    Ints,
+    bitmap_runs,
+    bits_of,
+    breaks_to_runs,
+    distinct,
+    expand,
+    merge_runs,
+    runs_of,
+    set_runs,
+)
 from extsnap.blockdev.base import Buffer, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
@@ -362,7 +373,7 @@ class Store:
             return
         if logical.min() < 0 or logical.max() >= len(self._available) * 8:
             raise StoreDamaged("a block in use lies outside the store")
-        unique = np.unique(logical)
+        unique = distinct(logical)
         before = self.available
         set_runs(self._available, runs_of(unique), False)
         self.available = int(np.bitwise_count(self._available).sum())
