@@ -183,6 +183,9 @@ def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None
     engine, store = volume.require_engine(), volume.require_store()
     redo = _build_redo(changes)
     positions = np.array(sorted(changes), np.int64) + engine.shift
+    if engine.owns(positions).any():
+        # What is committed must be redone at every open until it is done: never commit what cannot be.
+        raise StoreDamaged("a change of the store's size would write into the store", hint="run extsnap check")
     copies = int(test_bits(engine.need_bits, positions).sum())
     redo_blocks = -(-len(redo) // volume.block_size)
     if redo_blocks + copies > store.available - engine.reserve():

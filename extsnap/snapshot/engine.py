@@ -177,6 +177,10 @@ class Engine:
         self._special_bits |= self._owned_bits
         self.need_bits |= self._owned_bits
 
+    def owns(self, positions: Ints) -> npt.NDArray[np.bool_]:
+        """bool[n]: which positions are data blocks of the store."""
+        return test_bits(self._owned_bits, positions)
+
     # -- reading ----------------------------------------------------------------------------------------
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
