@@ -234,6 +234,20 @@ def test_reads_and_writes_at_the_end(kernel: Kernel) -> None:
     assert kernel.write(fuse.VOLUME_NODE, SIZE, b"a") == (errno.EFBIG, 0)
 
 
+def test_a_close_that_cannot_flush_leaves_it_to_the_next(kernel: Kernel, volume: Volume) -> None:
+    """What was written is still not durable: no later close may take it for done."""
+    closing = struct.pack("=QIIQ", 0, 0, 0, 0)
+    kernel.write(fuse.VOLUME_NODE, 0, b"x")
+    volume.flush_error = VolumeFull("full")
+    assert kernel.ask(fuse.FLUSH, fuse.VOLUME_NODE, closing)[0] == errno.ENOSPC
+    assert kernel.ask(fuse.FLUSH, fuse.VOLUME_NODE, closing)[0] == errno.ENOSPC
+    volume.flush_error = None
+    kernel.good(fuse.FLUSH, fuse.VOLUME_NODE, closing)
+    assert volume.flushes == 3
+    kernel.good(fuse.FLUSH, fuse.VOLUME_NODE, closing)
+    assert volume.flushes == 3
+
+
 def test_a_release_that_cannot_flush_is_remembered(kernel: Kernel, volume: Volume) -> None:
     kernel.open(fuse.VOLUME_NODE, os.O_WRONLY)
     kernel.write(fuse.VOLUME_NODE, 0, b"x")
