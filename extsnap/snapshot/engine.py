@@ -100,15 +100,14 @@ class Engine:
         store = self.store
         blobs = store.root.blobs
         if (fmt.BlobKind.MASKS, 0) in blobs:
-            raw = store.read_blob(fmt.BlobKind.MASKS, 0)
-            words = int.from_bytes(raw[:8], "little")
-            self.masks = MaskTable(np.frombuffer(raw[8:], "<u8").reshape(-1, max(1, words)).astype(np.uint64))
+            self.masks = MaskTable.parse(store.read_blob(fmt.BlobKind.MASKS, 0))
         self._masks_stored = self.masks.count
         levels = []
         for kind, key in sorted(blobs):
             if kind == fmt.BlobKind.INDEX:
                 table = fmt.parse_table(store.read_blob(fmt.BlobKind.INDEX, key), fmt.RECORD_DTYPE, "index")
-                crcs = np.frombuffer(store.read_blob(fmt.BlobKind.INDEX_CRCS, key), "<u4")
+                raw = store.read_blob(fmt.BlobKind.INDEX_CRCS, key)
+                crcs = fmt.parse_table(raw, np.dtype("<u4"), "index checksums")
                 levels.append(self._checked(Level.parse(table, crcs, key)))
         self.index = Index(sorted(levels, key=len, reverse=True))
         history = np.zeros(0, fmt.HISTORY_DTYPE)
@@ -134,7 +133,7 @@ class Engine:
             (level.length < 1).any()
             or (level.length > RUN_MAX).any()
             or (level.block < 0).any()
-            or (level.block + level.length > self.blocks).any()
+            or (level.block > self.blocks - level.length).any()
             or (level.copy < fmt.ZERO_COPY).any()
             or (np.diff(level.block) < 0).any()
             or int(level.mask.max()) >= self.masks.count

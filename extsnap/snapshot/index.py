@@ -96,9 +96,10 @@ class Level:
         )
 
     def without(self, blocks: Ints, which: npt.NDArray[np.bool_]) -> Level:
-        """The records with ``blocks`` (sorted) cut out of those for which ``which`` (bool[n]) holds.
+        """The records with ``blocks`` (sorted, at least one) cut out of those for which ``which`` (bool[n]) holds.
 
-        A run that loses blocks in its middle becomes several.
+        A run that loses blocks in its middle becomes several.  A run that loses its head may begin behind another
+        one that overlaps it (records of other snapshots do), so the level is sorted again.
         """
         owner = np.repeat(np.arange(len(self)), self.length)
         block = expand(self.block, self.length)
@@ -114,7 +115,8 @@ class Level:
         copy = np.where(self.copy[record] == ZERO_COPY, ZERO_COPY, self.copy[record] + shift)
         copied = np.where(copy == ZERO_COPY, 0, length)
         crcs = self.crcs[expand(self.crc_at[record] + shift, copied)]
-        return Level(self.block[record] + shift, length, copy, self.mask[record], self.writes[record], crcs)
+        cut = Level(self.block[record] + shift, length, copy, self.mask[record], self.writes[record], crcs)
+        return cut.take(np.argsort(cut.block, kind="stable"))
 
 
 def merge(levels: list[Level]) -> Level:

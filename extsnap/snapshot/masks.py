@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.errors import StoreDamaged
+
 Words = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.uint32]
 
@@ -44,6 +46,18 @@ class MaskTable:
         self._rows = rows
         self.count = len(rows)
         self._ids = {row.tobytes(): index for index, row in enumerate(rows)}
+
+    @classmethod
+    def parse(cls, raw: bytes) -> MaskTable:
+        """From the store's blob: the width in words (u64), then the masks.
+
+        Raises:
+            StoreDamaged: It is no whole number of masks.
+        """
+        words, size = int.from_bytes(raw[:8], "little"), len(raw) - 8
+        if size < 0 or not words or size % (8 * words):
+            raise StoreDamaged(f"masks: {len(raw)} bytes are not a whole number of masks of {words} words")
+        return cls(np.frombuffer(raw[8:], "<u8").reshape(-1, words).astype(np.uint64)) if size else cls()
 
     @property
     def rows(self) -> Words:
