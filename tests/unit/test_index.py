@@ -123,7 +123,7 @@ class IndexMachine(RuleBasedStateMachine):
         written = set(range(start, start + length))
         self.model = [replace(r, writes=r.writes + 1) if written & set(r.blocks) else r for r in self.model]
 
-    @rule(start=st.integers(0, BLOCKS), length=st.integers(0, BLOCKS))
+    @rule(start=st.integers(0, BLOCKS), length=st.integers(1, BLOCKS))
     def look_up_a_range(self, start: int, length: int) -> None:
         self.index.apply_writes()
         wanted = set(range(start, start + length))
