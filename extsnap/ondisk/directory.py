@@ -5,6 +5,9 @@ Source: the kernel's Documentation/filesystems/ext4/directory.rst.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import construct as c
 
 from extsnap.ondisk.checksum import crc32c_raw
@@ -39,13 +42,44 @@ DxCountLimit = c.Struct("limit" / c.Int16ul, "count" / c.Int16ul)
 DxEntry = c.Struct("hash" / c.Int32ul, "block" / c.Int32ul)
 DxTail = c.Struct("dt_reserved" / c.Int32ul, "dt_checksum" / c.Int32ul)
 
+_ROOT_HEAD = (
+    "dot" / DirEntry,
+    "dot_name" / c.Bytes(4),
+    "dotdot" / DirEntry,  # rec_len reaches to the end of the block: the tree looks like unused space
+    "dotdot_name" / c.Bytes(4),
+    "info" / DxRootInfo,
+)
+_NODE_HEAD = ("fake" / DirEntry,)  # unused, over the whole block
+
 HEADER = DirEntry.sizeof()
 TAIL = DirTail.sizeof()
 TAIL_TYPE = 0xDE
-ROOT_INFO_AT = 24
-ROOT_ENTRIES_AT = 32
-NODE_ENTRIES_AT = 8
+ROOT_ENTRIES_AT: int = c.Struct(*_ROOT_HEAD).sizeof()
+ROOT_INFO_AT: int = ROOT_ENTRIES_AT - DxRootInfo.sizeof()
+NODE_ENTRIES_AT: int = c.Struct(*_NODE_HEAD).sizeof()
 NAME_MAX = 255
+
+
+@cache
+def dx_root_struct(block_size: int, has_tail: bool) -> Any:
+    """The definition of a hash-tree root, a whole block; with a tail where the volume has metadata_csum."""
+    return c.Struct(*_ROOT_HEAD, *_dx_map(block_size - ROOT_ENTRIES_AT, has_tail))
+
+
+@cache
+def dx_node_struct(block_size: int, has_tail: bool) -> Any:
+    """The definition of a hash-tree node, a whole block; with a tail where the volume has metadata_csum."""
+    return c.Struct(*_NODE_HEAD, *_dx_map(block_size - NODE_ENTRIES_AT, has_tail))
+
+
+def _dx_map(room: int, has_tail: bool) -> tuple[Any, ...]:
+    slots = room // DxEntry.sizeof() - has_tail
+    return (
+        "countlimit" / DxCountLimit,  # both count the first block below
+        "block" / c.Int32ul,  # block below for the lowest hashes
+        "entries" / c.Array(slots - 1, DxEntry),  # all that there is room for; valid only if below count - 1
+        *(("tail" / DxTail,) if has_tail else ()),
+    )
 
 
 def entry_size(name_length: int) -> int:
