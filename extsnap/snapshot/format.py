@@ -20,7 +20,7 @@ import construct as c
 import crc32c as _crc32c
 import numpy as np
 
-from extsnap.errors import StoreDamaged
+from extsnap.errors import StoreDamaged, UnsupportedFeature
 
 POINTER_OFFSET = 0x3E0
 POINTER_MAGIC = b"XSNP"
@@ -39,10 +39,7 @@ ALL_CLEAR = -1
 ALL_SET = -2
 
 
-class Incompat(enum.IntFlag):
-    """Feature words: a reader that meets an unknown bit here must refuse the store."""
-
-
+#: Feature bits: everybody refuses a store with other incompat bits, a writer one with other ro_compat bits.
 KNOWN_INCOMPAT = 0
 KNOWN_RO_COMPAT = 0
 
@@ -278,11 +275,18 @@ def build_slot(**fields: Any) -> bytes:
 
 
 def parse_slot(raw: bytes) -> Any:
-    """The parsed slot, or None where it is not one (wrong magic or checksum)."""
+    """The parsed slot, or None where it is not one (wrong magic or checksum).
+
+    Raises:
+        UnsupportedFeature: It is one, of another version of the format.
+    """
     raw = raw[:SLOT_BYTES]
     if len(raw) < SLOT_BYTES or raw[:8] != SLOT_MAGIC or crc(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         return None
-    return Slot.parse(raw)
+    slot = Slot.parse(raw)
+    if slot.version != VERSION:
+        raise UnsupportedFeature(f"the store's format has version {slot.version}", hint="use a newer extsnap")
+    return slot
 
 
 def build_sections(sections: list[tuple[int, bytes]]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import gzip
 import hashlib
@@ -13,8 +14,11 @@ from typing import Any
 import crc32c
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from extsnap.blockdev.recording import MemoryDevice
+from extsnap.errors import StoreDamaged, UnsupportedFeature
 from extsnap.ondisk.dtypes import dtype_of
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.volume import Volume
@@ -111,6 +115,23 @@ def test_crcs_cover_what_the_tables_say():
             assert parse(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]) is None
 
 
+def test_another_version_is_refused(made):
+    start = dumps()[1][0]
+    slot = bytearray(made[start : start + 512])
+    slot[8] = 2
+    slot[508:] = crc32c.crc32c(bytes(slot[:508])).to_bytes(4, "little")
+    with pytest.raises(UnsupportedFeature, match="version 2"):
+        fmt.parse_slot(bytes(slot))
+    image = bytearray(made)
+    for at in (start, start + BLOCK):
+        image[at : at + 512] = slot
+    for writable in (False, True):
+        device = MemoryDevice(bytes(image))
+        with pytest.raises(UnsupportedFeature, match="version 2"):
+            Volume(device, writable=writable)
+        assert device.content == image
+
+
 def test_numbers_in_the_text():
     for pattern, value in (
         (r"### 1\.1 Pointer: (\d+) bytes", fmt.Pointer.sizeof()),
@@ -189,6 +210,81 @@ def test_snapshot_entry_agrees():
     assert documented == [(field.name, f"<{'iu'[field.subcon.fmtstr[1].isupper()]}{field.sizeof()}") for field in head]
     tail = fmt.SnapshotEntry.subcons[len(documented) :]
     assert lengths == [(field.name, field.subcon.lengthfield.sizeof()) for field in tail]
+
+
+sections = st.dictionaries(st.integers(0, 0xFFFFFFFF), st.binary(max_size=40), max_size=6)
+
+
+@given(sections)
+@settings(max_examples=100, deadline=None, database=None)
+def test_sections_are_padded_and_come_back(parts):
+    raw = fmt.build_sections(list(parts.items()))
+    assert fmt.parse_sections(raw) == parts
+    at = 0
+    for kind, payload in parts.items():
+        assert struct.unpack_from("<IIQ", raw, at) == (kind, 0, len(payload))
+        at += 16
+        assert raw[at : at + len(payload)] == payload
+        padded = (len(payload) + 7) // 8 * 8
+        assert raw[at + len(payload) : at + padded] == bytes(padded - len(payload))
+        at += padded
+    assert at == len(raw)
+
+
+def test_damaged_roots_are_named():
+    whole = fmt.build_sections([(1, b"12345678"), (2, b"")])
+    for raw, text in (
+        (whole[:-1], "cut off"),
+        (whole[:20], "too long"),
+        (whole + whole[:24], "twice"),
+        (struct.pack("<IIQ", 1, 0, (1 << 64) - 1) + bytes(64), "too long"),
+    ):
+        with pytest.raises(StoreDamaged, match=text):
+            fmt.parse_sections(raw)
+
+
+names = st.text(max_size=80).filter(lambda text: not any(0xD800 <= ord(char) < 0xE000 for char in text))
+snapshots = st.builds(
+    fmt.Snapshot,
+    id=st.integers(0, (1 << 64) - 1),
+    bit=st.integers(0, (1 << 32) - 1),
+    name=names,
+    message=names,
+    kind=st.sampled_from(fmt.Kind),
+    consistency=st.sampled_from(fmt.Consistency),
+    state=st.sampled_from(fmt.State),
+    created_ns=st.integers(-(1 << 63), (1 << 63) - 1),
+    volume_bytes=st.integers(0, (1 << 64) - 1),
+    used_blocks=st.integers(0, (1 << 64) - 1),
+    restored_from=names,
+)
+
+
+@given(st.lists(snapshots, max_size=4))
+@settings(max_examples=60, deadline=None, database=None)
+def test_the_snapshot_table_comes_back(table):
+    assert fmt.parse_snapshots(b"".join(snapshot.build() for snapshot in table)) == table
+
+
+@pytest.mark.parametrize(("at", "value"), [(12, 9), (13, 3), (14, 3), (42, 0xFF), (40, 0xFF)])
+def test_impossible_snapshots_are_damage(at, value):
+    """Kind, consistency, state; a name that is no UTF-8, or longer than the table."""
+    raw = bytearray(
+        fmt.Snapshot(1, 0, "n", "", fmt.Kind.MANUAL, fmt.Consistency.CLEAN, fmt.State.OK, 0, 1024, 1).build()
+    )
+    raw[at] = value
+    with pytest.raises(StoreDamaged, match="snapshot table"):
+        fmt.parse_snapshots(bytes(raw))
+
+
+@given(st.binary(max_size=120))
+@settings(max_examples=200, deadline=None, database=None)
+def test_hostile_tables_end_in_an_error(raw):
+    for parse in (fmt.parse_snapshots, fmt.parse_sections, lambda raw: fmt.parse_table(raw, fmt.RECORD_DTYPE, "log")):
+        with contextlib.suppress(StoreDamaged):
+            parse(raw)
+    assert fmt.parse_pointer(raw) is None
+    assert fmt.parse_slot(raw) is None
 
 
 # The worked example.
