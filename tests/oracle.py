@@ -256,7 +256,7 @@ def volume_facts(image: StrPath) -> Volume:
     facts = {name: value.strip() for name, found, value in (line.partition(":") for line in head.splitlines()) if found}
     features = tuple(facts["Filesystem features"].split())
     block_size = int(facts["Block size"])
-    in_a_block = block_size // int(facts["Inode size"])
+    in_a_block = block_size // int(facts.get("Inode size", 128))  # revision 0 does not print it
     unused: list[range] = []
     superblocks = []
     for group in groups:

@@ -233,12 +233,15 @@ def _free_to_keep(free: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def free_runs(path: Path) -> list[tuple[int, int]]:
-    """Return (start, length) of every free run, as dumpe2fs prints them."""
+    """Return (start, length) of every free run, as dumpe2fs prints them: with bigalloc by first blocks of clusters."""
     runs = []
-    for line in re.findall(r"^  Free blocks: (.*)$", tool("dumpe2fs", str(path)), re.MULTILINE):
+    printed = tool("dumpe2fs", str(path))
+    sizes = {name: int(size) for name, size in re.findall(r"^(Block|Cluster) size: *(\d+)$", printed, re.MULTILINE)}
+    unit = sizes.get("Cluster", sizes["Block"]) // sizes["Block"]
+    for line in re.findall(r"^  Free blocks: (.*)$", printed, re.MULTILINE):
         for part in filter(None, line.split(", ")):
             first, _, last = part.partition("-")
-            runs.append((int(first), int(last or first) - int(first) + 1))
+            runs.append((int(first), int(last or first) - int(first) + unit))
     return runs
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from extsnap.arrays import Ints, expand
-from extsnap.errors import ExtsnapError, FormatError, UnsupportedFeature, VolumeFull
+from extsnap.errors import ExtsnapError, FormatError, UnsupportedFeature
 from extsnap.ondisk.checksum import inode_seed
 from extsnap.ondisk.directory import (
     HEADER,
@@ -153,21 +153,15 @@ class _Directory:
     def append(self) -> tuple[int, int]:
         """Add one block at the end; returns (logical, physical)."""
         fs = self.fs
-        run = fs.find_free(1)
-        if not len(run):
-            raise VolumeFull("a directory cannot grow: the volume is full", hint="delete files")
-        physical, logical = int(run[0, 0]), len(self.blocks)
-        fs.set_blocks(run, True)
+        logical = len(self.blocks)
+        room = logical % fs.geometry.cluster_blocks  # in the cluster of the last block
+        physical = int(self.blocks[-1]) + 1 if room else int(fs.allocate_blocks(1)[0])
         data = np.concatenate([self.map.data, [[logical, physical, 1]]])
         data = _joined(data)
         mapping = self.map.mapping
         needed = fs.mapping_blocks_needed(data)
         if needed > len(mapping):
-            more = fs.find_free(needed - len(mapping))
-            if int(more[:, 1].sum()) < needed - len(mapping):
-                raise VolumeFull("a directory cannot grow: the volume is full", hint="delete files")
-            fs.set_blocks(more, True)
-            mapping = np.concatenate([mapping, expand(more[:, 0], more[:, 1])])
+            mapping = np.concatenate([mapping, fs.allocate_blocks(needed - len(mapping))])
         elif needed < len(mapping):
             surplus = mapping[needed:]
             fs.set_blocks(np.stack([surplus, np.ones_like(surplus)], axis=1), False)

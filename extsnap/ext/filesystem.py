@@ -20,7 +20,7 @@ import numpy.typing as npt
 from extsnap.arrays import Bits, Ints, expand, runs_of, set_runs
 from extsnap.blockdev.base import Device, ReadableDevice
 from extsnap.errors import FormatError, NotExtError, UnsupportedFeature, VolumeFull
-from extsnap.ext.bitmaps import choose_free
+from extsnap.ext.bitmaps import choose_free, count_clusters, expand_clusters, pack_clusters, whole_clusters
 from extsnap.ext.geometry import Geometry
 from extsnap.ext.groups import GroupTable
 from extsnap.ext.journal import Journal
@@ -33,14 +33,17 @@ from extsnap.ext.mapping import (
     parse_extents,
     parse_indirect,
 )
+from extsnap.ext.quota import charge
 from extsnap.ondisk import codec
 from extsnap.ondisk.checksum import bitmap_checksum, inode_checksum, inode_seed, superblock_checksum
 from extsnap.ondisk.group import GroupFlags
 from extsnap.ondisk.inode import BASE_SIZE, EXTRA_SIZE, InodeFlags, inode_struct
+from extsnap.ondisk.mmp import MAGIC as MMP_MAGIC
+from extsnap.ondisk.mmp import SEQ_CLEAN, SEQ_FSCK, MmpBlock
 from extsnap.ondisk.superblock import MAGIC, OFFSET, SIZE, Compat, Incompat, RoCompat, State, Superblock
 
 ROOT_INODE = 2
-BLOCK_SIZE_MAX = 4096
+BLOCK_SIZE_MAX = 65536
 
 _SUPPORTED_COMPAT = (
     Compat.has_journal
@@ -50,6 +53,8 @@ _SUPPORTED_COMPAT = (
     | Compat.orphan_file
     | Compat.dir_prealloc
     | Compat.stable_inodes
+    | Compat.sparse_super2
+    | Compat.fast_commit
 )
 _SUPPORTED_INCOMPAT = (
     Incompat.filetype
@@ -57,7 +62,14 @@ _SUPPORTED_INCOMPAT = (
     | Incompat.extent
     | Incompat.bit64
     | Incompat.flex_bg
+    | Incompat.meta_bg
     | Incompat.metadata_csum_seed
+    | Incompat.large_dir
+    | Incompat.ea_inode
+    | Incompat.encrypt
+    | Incompat.casefold
+    | Incompat.inline_data
+    | Incompat.mmp
 )
 _SUPPORTED_RO_COMPAT = (
     RoCompat.sparse_super
@@ -68,6 +80,10 @@ _SUPPORTED_RO_COMPAT = (
     | RoCompat.extra_isize
     | RoCompat.metadata_csum
     | RoCompat.orphan_present
+    | RoCompat.verity
+    | RoCompat.quota
+    | RoCompat.project
+    | RoCompat.bigalloc
 )
 #: Names as e2fsprogs spells them, where the kernel's differ.
 _SPELLING = {"bit64": "64bit", "read_only": "read-only", "bigalloc": "bigalloc"}
@@ -76,14 +92,14 @@ _EXT4_RO_COMPAT = ~int(RoCompat.sparse_super | RoCompat.large_file | RoCompat.bt
 
 
 def _names(flags: Any, kind: type[Any]) -> list[str]:
-    """Names of the set bits; bits without a name as FEATURE_x."""
+    """Names of the set bits as e2fsprogs spells them; bits without a name as FEATURE_ with kind and number."""
+    letter = {Compat: "C", Incompat: "I", RoCompat: "R"}[kind]
+    named = {flag.value: str(flag.name) for flag in kind}
     found = []
     for bit in range(32):
         if int(flags) >> bit & 1:
-            try:
-                found.append(_SPELLING.get(kind(1 << bit).name, kind(1 << bit).name or f"unknown_{1 << bit:#x}"))
-            except ValueError:
-                found.append(f"unknown_{1 << bit:#x}")
+            name = named.get(1 << bit, f"FEATURE_{letter}{bit}")
+            found.append(_SPELLING.get(name, name))
     return found
 
 
@@ -130,18 +146,10 @@ class Filesystem:
     @cached_property
     def groups(self) -> GroupTable:
         """The group descriptors, verified."""
-        geometry = self.geometry
-        if self.superblock.s_feature_incompat & Incompat.meta_bg:
-            raise UnsupportedFeature("the feature meta_bg is not supported", hint="this release cannot serve it")
-        at = self._descriptor_block * geometry.block_size
-        raw = self.device.pread(at, geometry.gdt_blocks * geometry.block_size)
-        table = GroupTable(geometry, self.superblock.s_uuid, raw)
-        table.verify(at)
+        raw = self.read_blocks(self.geometry.descriptor_blocks).tobytes()
+        table = GroupTable(self.geometry, self.superblock.s_uuid, raw)
+        table.verify()
         return table
-
-    @property
-    def _descriptor_block(self) -> int:
-        return OFFSET // self.geometry.block_size + 1
 
     # -- what it is -------------------------------------------------------------------------------------
 
@@ -184,9 +192,36 @@ class Filesystem:
         return bool(self.superblock.s_state & State.VALID)
 
     @property
+    def quota_inodes(self) -> tuple[int, int, int]:
+        """Inodes of the quota files of users, groups and projects; 0 where none is kept."""
+        sb = self.superblock
+        if not sb.s_feature_ro_compat & RoCompat.quota:
+            return 0, 0, 0
+        return sb.s_usr_quota_inum, sb.s_grp_quota_inum, sb.s_prj_quota_inum
+
+    @property
     def has_errors(self) -> bool:
         """Whether it is marked as having errors."""
         return bool(self.superblock.s_state & State.ERROR)
+
+    def mmp_user(self) -> str:
+        """Who has the volume in use by its block of multiple-mount protection; empty if nobody has.
+
+        Raises:
+            FormatError: There is no such block where the superblock has it.
+        """
+        sb = self.superblock
+        if not sb.s_feature_incompat & Incompat.mmp:
+            return ""
+        block = codec.parse(MmpBlock, self.read_block(sb.s_mmp_block)[: MmpBlock.sizeof()], "MMP block")
+        if block.mmp_magic != MMP_MAGIC:
+            raise FormatError("the magic is wrong", structure="MMP block", field="mmp_magic")
+        if block.mmp_seq == SEQ_CLEAN:
+            return ""
+        node, device = (
+            bytes(name).split(b"\0")[0].decode(errors="replace") for name in (block.mmp_nodename, block.mmp_bdevname)
+        )
+        return f"{'e2fsck' if block.mmp_seq == SEQ_FSCK else 'a mount'} on {node} ({device})"
 
     def require_supported(self) -> None:
         """Refuse what this release does not serve.
@@ -200,12 +235,12 @@ class Filesystem:
             *_names(int(sb.s_feature_incompat) & ~int(_SUPPORTED_INCOMPAT), Incompat),
             *_names(int(sb.s_feature_ro_compat) & ~int(_SUPPORTED_RO_COMPAT), RoCompat),
         ]
-        if sb.s_rev_level == 0:
-            found.append("revision 0")
         if self.geometry.block_size > BLOCK_SIZE_MAX:
             found.append(f"blocks of {self.geometry.block_size} bytes")
         if sb.s_feature_compat & Compat.has_journal and not sb.s_journal_inum:
             found.append("external journal")
+        if sb.s_feature_incompat & Incompat.encrypt and self.inode(ROOT_INODE).i_flags & InodeFlags.ENCRYPT:
+            found.append("encrypted names in the root directory")
         if found:
             raise UnsupportedFeature(
                 f"the volume has {', '.join(found)}, which this release does not support",
@@ -260,10 +295,9 @@ class Filesystem:
 
     def _load_bitmaps(self) -> Bits:
         geometry = self.geometry
-        row_bytes = geometry.blocks_per_group // 8
+        row_bytes = geometry.clusters_per_group // 8
         bitmaps = np.zeros((geometry.groups, row_bytes), np.uint8)
         uninitialised, resolved = self.groups.uninitialised_bitmaps()
-        bitmaps[uninitialised] = resolved
         stored = np.setdiff1d(np.arange(geometry.groups), uninitialised)
         at = self.groups.column("bg_block_bitmap")[stored]
         for low in range(0, len(stored), 2048):  # bounded memory: 2,048 groups at a time
@@ -271,10 +305,18 @@ class Filesystem:
             bitmaps[stored[part]] = self.read_blocks(at[part])[:, :row_bytes]
         if geometry.has_metadata_csum:
             self._verify_bitmaps(bitmaps, stored, "bg_block_bitmap_csum")
-        in_last = geometry.blocks_count - geometry.first_data_block - (geometry.groups - 1) * geometry.blocks_per_group
-        padding = np.array([[in_last, geometry.blocks_per_group - in_last]], np.int64)
-        set_runs(bitmaps[-1], padding)
+        if geometry.cluster_blocks > 1:
+            bitmaps = expand_clusters(bitmaps, geometry.cluster_blocks)
+        bitmaps[uninitialised] = resolved
+        set_runs(bitmaps[-1], self._padding)
         return bitmaps
+
+    @cached_property
+    def _padding(self) -> Ints:
+        """Bits of the last group's bitmap behind the end of the volume: int64[1, 2]."""
+        geometry = self.geometry
+        in_last = geometry.blocks_count - geometry.first_data_block - (geometry.groups - 1) * geometry.blocks_per_group
+        return np.array([[in_last, geometry.blocks_per_group - in_last]], np.int64)
 
     def _verify_bitmaps(self, bitmaps: Bits, which: Ints, field: str) -> None:
         expected = self.groups.column(field)[which]
@@ -311,6 +353,8 @@ class Filesystem:
     def set_blocks(self, runs: Ints, used: bool) -> None:
         """Mark runs (start, length) of blocks used or free, in bitmaps, flags and counts.
 
+        With bigalloc the whole clusters that hold them.
+
         Raises:
             FormatError: A block has that state already, or lies outside: the caller's picture is wrong.
         """
@@ -324,19 +368,26 @@ class Filesystem:
         if self._bitmaps is None:
             self._bitmaps = self._load_bitmaps()
         relative = runs - np.array([geometry.first_data_block, 0])
+        if geometry.cluster_blocks > 1:
+            relative = whole_clusters(relative, geometry.cluster_blocks)
         first = relative[:, 0] // geometry.blocks_per_group
         last = (relative.sum(axis=1) - 1) // geometry.blocks_per_group
         touched = np.unique(expand(first, last - first + 1))
         before = np.bitwise_count(self._bitmaps[touched]).sum(dtype=np.int64)
         set_runs(self._bitmaps.reshape(-1), relative, used)
+        set_runs(self._bitmaps[-1], self._padding)
         after = np.bitwise_count(self._bitmaps[touched]).sum(dtype=np.int64)
-        if abs(int(after - before)) != int(runs[:, 1].sum()):
+        in_last = geometry.blocks_count - geometry.first_data_block - int(relative.sum(axis=1).max())
+        # The last cluster may reach past the end, where the bits are set for good.
+        if abs(int(after - before)) != int(relative[:, 1].sum()) + min(in_last, 0):
             state = "used" if used else "free"
             raise FormatError(f"a block that becomes {state} is {state} already", structure="block bitmap")
         self._dirty_groups.update(touched.tolist())
 
     def find_free(self, count: int, *, avoid: Sequence[Bits] = (), min_run: int = 1) -> Ints:
         """Up to ``count`` free blocks as runs (start, length), sorted; long runs are preferred.
+
+        With bigalloc whole clusters, so that the count is rounded up to clusters.
 
         Args:
             count: Blocks wanted; fewer come back where there are not as many.
@@ -347,8 +398,33 @@ class Filesystem:
             self._bitmaps = self._load_bitmaps()
         taken = [self._bitmaps.reshape(-1), *(bits.reshape(-1) for bits in avoid)]
         geometry = self.geometry
-        runs = choose_free(taken, geometry.blocks_count - geometry.first_data_block, count)
+        unit = geometry.cluster_blocks
+        size = geometry.blocks_count - geometry.first_data_block
+        runs = choose_free(taken, size, -(-count // unit) * unit, unit)
         return np.asarray(runs[runs[:, 1] >= min_run] + np.array([geometry.first_data_block, 0]))
+
+    def allocate_blocks(self, count: int, *avoid: Bits) -> Ints:
+        """Take ``count`` blocks that need not stand together; with bigalloc each takes a cluster.
+
+        Args:
+            avoid: uint8[groups, row_bytes] each, blocks not to take.
+
+        Returns:
+            int64[count], sorted.
+
+        Raises:
+            VolumeFull: There are not as many.
+        """
+        unit = self.geometry.cluster_blocks
+        runs = self.find_free(count * unit, avoid=avoid)
+        blocks = expand(runs[:, 0] // unit, runs[:, 1] // unit) * unit
+        if len(blocks) < count:
+            raise VolumeFull(
+                f"the volume has only {len(blocks)} blocks that are free and needed by no snapshot, not {count}",
+                hint="delete a snapshot, delete files, or grow the volume",
+            )
+        self.set_blocks(runs, True)
+        return np.asarray(blocks)
 
     # -- inodes -----------------------------------------------------------------------------------------
 
@@ -547,9 +623,22 @@ class Filesystem:
             self.write_block(block, content)
         inode.i_block = root
         inode.i_size_lo, inode.i_size_high = size_bytes & 0xFFFFFFFF, size_bytes >> 32
-        sectors = (int(data[:, 2].sum()) + len(mapping_blocks)) * (geometry.block_size // 512)
+        before = self.allocated_bytes(ino)
+        clusters = count_clusters(data, geometry.cluster_blocks) + len(mapping_blocks)
+        attributes = 1 if inode.i_file_acl_lo or inode.i_file_acl_high else 0
+        sectors = (clusters + attributes) * geometry.cluster_blocks * (geometry.block_size // 512)
+        if sectors >> (48 if self.superblock.s_feature_ro_compat & RoCompat.huge_file else 32):
+            raise VolumeFull(f"inode {ino} cannot count {sectors} sectors", hint="add the feature huge_file")
         inode.i_blocks_lo, inode.i_blocks_high = sectors & 0xFFFFFFFF, sectors >> 32
+        inode.i_flags &= ~InodeFlags.HUGE_FILE
         self.write_inode(ino, inode)
+        charge(self, inode, sectors * 512 - before)
+
+    def allocated_bytes(self, ino: int) -> int:
+        """What a file takes by its i_blocks."""
+        inode = self.inode(ino)
+        count: int = inode.i_blocks_lo | inode.i_blocks_high << 32
+        return count * (self.geometry.block_size if inode.i_flags & InodeFlags.HUGE_FILE else 512)
 
     @cached_property
     def journal(self) -> Journal | None:
@@ -605,7 +694,9 @@ class Filesystem:
         if self._dirty_groups and self._bitmaps is not None:
             touched = np.array(sorted(self._dirty_groups), np.int64)
             rows = self._bitmaps[touched]
-            free = geometry.blocks_per_group - np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
+            if geometry.cluster_blocks > 1:
+                rows = pack_clusters(rows, geometry.cluster_blocks)
+            free = geometry.clusters_per_group - np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
             groups.set_column("bg_free_blocks_count", touched, free)
             groups.clear_flag(touched, GroupFlags.BLOCK_UNINIT)
             if geometry.has_metadata_csum:
@@ -618,12 +709,11 @@ class Filesystem:
         changed = self._dirty_groups | self._dirty_descriptors
         if changed:
             groups.seal(np.array(sorted(changed), np.int64))
-            at = self._descriptor_block * size
             table = groups.raw.reshape(-1)
             per_block = size // geometry.desc_size
             for index in sorted({group // per_block for group in changed}):
                 piece = table[index * size : (index + 1) * size].tobytes()
-                device.pwrite(at + index * size, piece)
+                device.pwrite(int(geometry.descriptor_blocks[index]) * size, piece)
             self._seal_superblock()
         for block, content in sorted(self._blocks.items()):
             device.pwrite(block * size, content)
@@ -632,7 +722,7 @@ class Filesystem:
 
     def _seal_superblock(self) -> None:
         sb = self.superblock
-        free = int(self.groups.column("bg_free_blocks_count").sum())
+        free = int(self.groups.column("bg_free_blocks_count").sum()) * self.geometry.cluster_blocks
         sb.s_free_blocks_count_lo = free & 0xFFFFFFFF
         if sb.s_feature_incompat & Incompat.bit64:
             sb.s_free_blocks_count_hi = free >> 32

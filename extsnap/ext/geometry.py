@@ -19,15 +19,18 @@ class Geometry:
 
     Attributes:
         block_size: Bytes.
+        cluster_blocks: Blocks of an allocation cluster: 1 without bigalloc.
         desc_size: Bytes of a group descriptor.
-        gdt_blocks: Blocks of the descriptor table.
-        reserved_gdt_blocks: Blocks kept behind it for growth.
+        descriptor_blocks: int64[n], blocks of the descriptor table in its order, as the primary superblock has them.
+        first_meta_bg: Descriptor blocks from this one on stand in the groups that they describe (meta_bg).
+        reserved_gdt_blocks: Blocks kept behind the table for growth.
         free_blocks, free_inodes: By the superblock.
         checksum_seed: Of metadata_csum.
         backup_groups: int64[n], groups with a superblock, group 0 included.
     """
 
     block_size: int
+    cluster_blocks: int
     blocks_count: int
     first_data_block: int
     blocks_per_group: int
@@ -40,12 +43,18 @@ class Geometry:
     reserved_blocks: int
     free_blocks: int
     free_inodes: int
-    gdt_blocks: int
+    descriptor_blocks: Ints
+    first_meta_bg: int
     reserved_gdt_blocks: int
     has_metadata_csum: bool
     has_gdt_csum: bool
     checksum_seed: int
     backup_groups: Ints
+
+    @property
+    def clusters_per_group(self) -> int:
+        """Bits of one group's block bitmap."""
+        return self.blocks_per_group // self.cluster_blocks
 
     @property
     def inode_table_blocks(self) -> int:
@@ -62,6 +71,16 @@ class Geometry:
     def superblock_offset(self, block: int) -> int:
         """Byte offset of the superblock within one of `superblock_blocks`."""
         return OFFSET % self.block_size if block == OFFSET // self.block_size else 0
+
+    def group_heads(self, groups: Ints) -> Ints:
+        """Blocks at the start of groups for superblock, descriptors and what is reserved behind them: int64[n]."""
+        backup = np.isin(groups, self.backup_groups).astype(np.int64)
+        table = len(self.descriptor_blocks)
+        per_block = self.block_size // self.desc_size
+        within = groups % per_block
+        of_meta = backup + np.isin(within, (0, 1, per_block - 1))
+        old = groups // per_block < self.first_meta_bg
+        return np.where(old, backup * (1 + min(self.first_meta_bg, table) + self.reserved_gdt_blocks), of_meta)
 
     @classmethod
     def of(cls, sb: Any, device_bytes: int) -> Geometry:
@@ -82,11 +101,10 @@ class Geometry:
         block_size = 1024 << sb.s_log_block_size
         high = 1 if bit64 else 0
         blocks = sb.s_blocks_count_lo | high * (sb.s_blocks_count_hi << 32)
-        # A bit of the block bitmap stands for a cluster: so a volume with bigalloc is refused for that, by name.
         cluster_bits = sb.s_log_cluster_size - sb.s_log_block_size if sb.s_feature_ro_compat & RoCompat.bigalloc else 0
         require(0 <= cluster_bits <= 20, "s_log_cluster_size")
         require(0 < sb.s_blocks_per_group <= (8 * block_size) << cluster_bits, "s_blocks_per_group")
-        require(sb.s_blocks_per_group % 8 == 0, "s_blocks_per_group")
+        require(sb.s_blocks_per_group % (8 << cluster_bits) == 0, "s_blocks_per_group")
         first_data_block = 1 if block_size == OFFSET and not cluster_bits else 0
         require(sb.s_first_data_block == first_data_block < blocks, "s_first_data_block")
         if blocks * block_size > device_bytes:
@@ -106,11 +124,19 @@ class Geometry:
         require(desc_size in (32, 64, 128, 256, 512, 1024) and desc_size >= (64 if bit64 else 32), "s_desc_size")
         gdt_blocks = -(-groups * desc_size // block_size)
         require(OFFSET // block_size + 1 + gdt_blocks <= blocks, "s_blocks_per_group")
+        meta_bg = bool(sb.s_feature_incompat & Incompat.meta_bg)
+        first_meta_bg = min(sb.s_first_meta_bg, gdt_blocks) if meta_bg else gdt_blocks
+        backup_groups = _backup_groups(sb, groups)
+        numbers = np.arange(gdt_blocks, dtype=np.int64)
+        home = numbers * (block_size // desc_size)
+        in_group = home * sb.s_blocks_per_group + sb.s_first_data_block + np.isin(home, backup_groups)
+        descriptor_blocks = np.where(numbers < first_meta_bg, OFFSET // block_size + 1 + numbers, in_group)
         metadata_csum = bool(sb.s_feature_ro_compat & RoCompat.metadata_csum)
         seeded = bool(sb.s_feature_incompat & Incompat.metadata_csum_seed)
         resize = bool(sb.s_feature_compat & Compat.resize_inode)
         return cls(
             block_size=block_size,
+            cluster_blocks=1 << cluster_bits,
             blocks_count=blocks,
             first_data_block=sb.s_first_data_block,
             blocks_per_group=sb.s_blocks_per_group,
@@ -123,12 +149,13 @@ class Geometry:
             reserved_blocks=sb.s_r_blocks_count_lo | high * (sb.s_r_blocks_count_hi << 32),
             free_blocks=sb.s_free_blocks_count_lo | high * (sb.s_free_blocks_count_hi << 32),
             free_inodes=sb.s_free_inodes_count,
-            gdt_blocks=gdt_blocks,
+            descriptor_blocks=descriptor_blocks,
+            first_meta_bg=first_meta_bg,
             reserved_gdt_blocks=sb.s_reserved_gdt_blocks if resize else 0,
             has_metadata_csum=metadata_csum,
             has_gdt_csum=bool(sb.s_feature_ro_compat & RoCompat.uninit_bg) and not metadata_csum,
             checksum_seed=sb.s_checksum_seed if seeded else filesystem_seed(sb.s_uuid),
-            backup_groups=_backup_groups(sb, groups),
+            backup_groups=backup_groups,
         )
 
 

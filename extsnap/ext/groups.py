@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from extsnap.arrays import Bits, Ints, set_runs
 from extsnap.errors import FormatError
+from extsnap.ext.bitmaps import whole_clusters
 from extsnap.ext.geometry import Geometry
 from extsnap.ondisk.checksum import group_checksums
 from extsnap.ondisk.dtypes import dtype_of
@@ -73,7 +74,13 @@ class GroupTable:
             metadata_csum=self._geometry.has_metadata_csum,
         )
 
-    def verify(self, offset: int) -> None:
+    def _offset(self, group: int) -> int:
+        """Byte offset of a descriptor on the medium."""
+        size = self._geometry.block_size
+        block, within = divmod(group * self._geometry.desc_size, size)
+        return int(self._geometry.descriptor_blocks[block]) * size + within
+
+    def verify(self) -> None:
         """Check every descriptor.
 
         Raises:
@@ -87,7 +94,7 @@ class GroupTable:
                     f"the checksum of group {bad[0]} is wrong",
                     structure="group descriptor",
                     field="bg_checksum",
-                    offset=offset + int(bad[0]) * geometry.desc_size,
+                    offset=self._offset(int(bad[0])),
                 )
         for name, length in (
             ("bg_block_bitmap", 1),
@@ -101,7 +108,7 @@ class GroupTable:
                     f"group {bad[0]} has block {at[bad[0]]}, outside the volume",
                     structure="group descriptor",
                     field=name,
-                    offset=offset + int(bad[0]) * geometry.desc_size,
+                    offset=self._offset(int(bad[0])),
                 )
 
         if self.has_checksums:
@@ -111,7 +118,7 @@ class GroupTable:
                     f"group {bad[0]} has more unused inodes than inodes",
                     structure="group descriptor",
                     field="bg_itable_unused",
-                    offset=offset + int(bad[0]) * geometry.desc_size,
+                    offset=self._offset(int(bad[0])),
                 )
 
     def seal(self, groups: Ints) -> None:
@@ -121,7 +128,7 @@ class GroupTable:
                 self._table["bg_checksum"][group] = self._checksums(group, group + 1)[0]
 
     def uninitialised_bitmaps(self) -> tuple[Ints, Bits]:
-        """Groups with BLOCK_UNINIT and the bitmaps that this stands for: int64[n], uint8[n, row_bytes].
+        """Groups with BLOCK_UNINIT and the bitmaps that this stands for: int64[n], uint8[n, blocks_per_group // 8].
 
         Used are: superblock, descriptors and reserved descriptors where the group has a backup, the group's own
         bitmaps and inode table where they lie inside it, and the padding bits of a short last group.
@@ -134,10 +141,9 @@ class GroupTable:
             return which, bits
         flat = bits.reshape(-1)
         origin = np.arange(len(which)) * per_group - (which * per_group + geometry.first_data_block)
-        backup = np.isin(which, geometry.backup_groups)
-        head = min(1 + geometry.gdt_blocks + geometry.reserved_gdt_blocks, per_group)
-        starts = np.flatnonzero(backup) * per_group
-        set_runs(flat, np.stack([starts, np.full(len(starts), head)], axis=1))
+        heads = np.minimum(geometry.group_heads(which), per_group)
+        heads = -(-heads // geometry.cluster_blocks) * geometry.cluster_blocks
+        set_runs(flat, np.stack([np.arange(len(which)) * per_group, heads], axis=1))
         for name, length in (
             ("bg_block_bitmap", 1),
             ("bg_inode_bitmap", 1),
@@ -147,7 +153,8 @@ class GroupTable:
             first = which * per_group + geometry.first_data_block
             low = np.clip(at, first, first + per_group)
             high = np.clip(at + length, first, first + per_group)
-            set_runs(flat, np.stack([low + origin, high - low], axis=1))
+            runs = np.stack([low + origin, high - low], axis=1)
+            set_runs(flat, whole_clusters(runs[runs[:, 1] > 0], geometry.cluster_blocks))
         if which[-1] == geometry.groups - 1:
             in_last = geometry.blocks_count - geometry.first_data_block - int(which[-1]) * per_group
             start = (len(which) - 1) * per_group + in_last

@@ -55,7 +55,8 @@ def set_up(volume: Volume) -> None:
     fs = Filesystem.open(overlay, writable=True)
     blocks, log_blocks = initial_sizes(volume.size, volume.block_size)
     geometry = fs.geometry
-    if geometry.free_blocks - geometry.reserved_blocks < blocks + 8:
+    blocks = -(-blocks // geometry.cluster_blocks) * geometry.cluster_blocks
+    if geometry.free_blocks - geometry.reserved_blocks < blocks + 8 * geometry.cluster_blocks:
         raise VolumeFull(
             f"the store needs {blocks} free blocks and the volume has "
             f"{max(0, geometry.free_blocks - geometry.reserved_blocks)} beyond those reserved for root",
@@ -120,7 +121,7 @@ def grow(volume: Volume, blocks: int) -> int:
         geometry = fs.geometry
         free = geometry.free_blocks - geometry.reserved_blocks
         # Mapping blocks come out of the same free space: keep some of it for them.
-        ask = min(step, blocks - added, free - free // 64 - 8)
+        ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks)
         if ask < 1:
             break
         runs = fs.find_free(ask, avoid=[volume.needed_groups(fs)])
@@ -149,7 +150,10 @@ def shrink(volume: Volume, blocks: int) -> int:
     # The first `keep` free blocks stay: the store's file ends as early as it can.
     before = np.cumsum(free[:, 1]) - free[:, 1]
     kept = np.clip(keep - before, 0, free[:, 1])
-    withdrawn = np.stack([free[:, 0] + kept, free[:, 1] - kept], axis=1)[kept < free[:, 1]]
+    # Whole clusters only: the store's logical clusters are physical ones.
+    unit = Filesystem.open(volume.require_engine()).geometry.cluster_blocks
+    start, end = -(-(free[:, 0] + kept) // unit) * unit, free.sum(axis=1) // unit * unit
+    withdrawn = np.stack([start, end - start], axis=1)[end > start]
     if not len(withdrawn):
         return 0
     owned = store.root.extents

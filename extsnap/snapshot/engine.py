@@ -49,13 +49,13 @@ class Engine:
     Args:
         medium: The device below, superblocks translated.
         store: The opened store.
-        blocks_per_group: Of the filesystem; a multiple of 8.
+        row_blocks: Blocks of a row of bits, a multiple of 8: as many as a group has clusters.
         first_data_block: Of the filesystem.
         snapshots: The living snapshots.
     """
 
     def __init__(
-        self, medium: Medium, store: Store, blocks_per_group: int, first_data_block: int, snapshots: list[fmt.Snapshot]
+        self, medium: Medium, store: Store, row_blocks: int, first_data_block: int, snapshots: list[fmt.Snapshot]
     ) -> None:
         self.medium = medium
         self.store = store
@@ -63,9 +63,9 @@ class Engine:
         self._bits = self.block_size.bit_length() - 1
         self.size = medium.size
         self.blocks = -(-self.size // self.block_size)
-        self.shift = -first_data_block % blocks_per_group
-        self.row_bytes = blocks_per_group // 8
-        self.rows = -(-(self.blocks + self.shift) // blocks_per_group)
+        self.shift = -first_data_block % row_blocks
+        self.row_bytes = row_blocks // 8
+        self.rows = -(-(self.blocks + self.shift) // row_blocks)
         self.index = Index()
         self.masks = MaskTable()
         self._masks_stored = 0

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bits_of, distinct, expand
+from extsnap.arrays import Bits, Ints, bits_of, distinct
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
+from extsnap.ext.quota import charge
 from extsnap.snapshot.store import Extents
 
 ROOT_INODE = 2
@@ -127,9 +128,8 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     data = free_runs(fs, blocks)
     fs.set_blocks(data, True)
     extents = join(map_runs(np.array([[0, blocks]], np.int64), data))
-    mapping = _new_mapping(fs, fs.mapping_blocks_needed(extents))
-    directory_block = int(free_runs(fs, 1)[0, 0])
-    fs.set_blocks(np.array([[directory_block, 1]], np.int64), True)
+    mapping = fs.allocate_blocks(fs.mapping_blocks_needed(extents))
+    directory_block = int(fs.allocate_blocks(1)[0])
     directory = fs.allocate_inode(directory=True)
     store = fs.allocate_inode(directory=False)
     none = np.zeros(0, np.int64)
@@ -146,14 +146,6 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     return Place(directory, store, directory_block), extents, mapping
 
 
-def _new_mapping(fs: Filesystem, count: int, *avoid: Bits) -> Ints:
-    if not count:
-        return np.zeros(0, np.int64)
-    runs = free_runs(fs, count, *avoid)
-    fs.set_blocks(runs, True)
-    return expand(runs[:, 0], runs[:, 1])
-
-
 def _new_inode(fs: Filesystem, number: int, mode: int, links: int, flags: int, now: int) -> None:
     inode = fs.new_inode(number)
     inode.i_mode = mode
@@ -161,6 +153,7 @@ def _new_inode(fs: Filesystem, number: int, mode: int, links: int, flags: int, n
     inode.i_flags = flags
     inode.i_atime = inode.i_ctime = inode.i_mtime = now
     fs.write_inode(number, inode)
+    charge(fs, inode, 0, 1)
 
 
 def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: Bits) -> Ints:
@@ -176,7 +169,7 @@ def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wa
     needed = fs.mapping_blocks_needed(wanted)
     if needed > len(mapping):
         # A block that is given back stays the store's until the change is committed, and no node can be written there.
-        more = _new_mapping(fs, needed - len(mapping), avoid, _group_bits(fs, extents))
+        more = fs.allocate_blocks(needed - len(mapping), avoid, _group_bits(fs, extents))
         mapping = np.concatenate([mapping, more])
     elif needed < len(mapping):
         surplus = mapping[needed:]
@@ -225,9 +218,9 @@ def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: I
     needed = fs.mapping_blocks_needed(extents)
     if mapping is None:
         try:
-            mapping = _new_mapping(fs, needed, avoid)
+            mapping = fs.allocate_blocks(needed, avoid)
         except VolumeFull:
-            mapping = _new_mapping(fs, needed)
+            mapping = fs.allocate_blocks(needed)
     else:
         fs.set_blocks(np.stack([mapping, np.ones_like(mapping)], axis=1), True)
     end = int((extents[:, 0] + extents[:, 2]).max())
@@ -246,6 +239,7 @@ def remove(fs: Filesystem, now: int) -> None:
         old = fs.file_map(number)
         fs.set_blocks(old.data[:, 1:], False)
         fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)
+        charge(fs, fs.inode(number), -fs.allocated_bytes(number), -1)
         inode = fs.new_inode(number)
         inode.i_dtime = now
         fs.write_inode(number, inode)

@@ -41,9 +41,10 @@ def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int
     """
     geometry = fs.geometry
     bitmap = np.zeros((rows, row_bytes), np.uint8)
-    first_row = 1 if shift else 0
-    bitmap[first_row : first_row + geometry.groups] = fs.block_bitmaps()
     flat = bitmap.reshape(-1)
+    first = row_bytes if shift else 0
+    groups = fs.block_bitmaps().reshape(-1)
+    flat[first : first + len(groups)] = groups[: len(flat) - first]
     set_runs(flat, np.array([[shift, geometry.first_data_block]], np.int64))
     end = rows * row_bytes * 8
     set_runs(flat, np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
@@ -67,8 +68,7 @@ def fingerprint(fs: Filesystem) -> bytes:
     geometry = fs.geometry
     size = geometry.block_size
     digest.update(fs.device.pread(1024, 1024))
-    table = geometry.groups * geometry.desc_size
-    digest.update(fs.device.pread((1024 // size + 1) * size, -(-table // size) * size))
+    digest.update(fs.read_blocks(geometry.descriptor_blocks).tobytes())
     if fs.journal is not None:
         digest.update(fs.device.pread(fs.journal.superblock_block * size, 1024))
     if not geometry.has_metadata_csum:

@@ -40,6 +40,7 @@ from extsnap.errors import (
     SnapshotExists,
     SnapshotNotFound,
     StoreDamaged,
+    VolumeBusy,
     VolumeFull,
 )
 from extsnap.ext.filesystem import Filesystem
@@ -200,6 +201,11 @@ class Volume:
             what = f"{found}, not ext2, ext3 or ext4" if found else "no ext2, ext3 or ext4 filesystem"
             raise NotExtError(f"{self.path} holds {what}", hint=hint or "check the path")
         fs = Filesystem.open(self.medium)
+        if self.writable and not self.medium.state.mark:  # the mark keeps all others away: then it was us
+            user = fs.mmp_user()
+            if user:
+                hint = f"unmount it there; if nobody has it, run tune2fs -f -E clear_mmp {self.path}"
+                raise VolumeBusy(f"{self.path} is in use by {user}, as its MMP block says", hint=hint)
         self.block_size = fs.geometry.block_size
         slots = fmt.parse_pointer(self.medium.state.pointer) if self.medium.state.pointer else None
         if slots is None:
@@ -243,7 +249,7 @@ class Volume:
             pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
             self.medium.state = replace(self.medium.state, pointer=pointer)
         geometry = fs.geometry
-        self.engine = Engine(self.medium, store, geometry.blocks_per_group, geometry.first_data_block, table)
+        self.engine = Engine(self.medium, store, geometry.clusters_per_group, geometry.first_data_block, table)
         self.engine.load()
         self.engine.pin()
         if self.writable:
@@ -359,8 +365,11 @@ class Volume:
     def needed_groups(self, fs: Filesystem) -> Bits:
         """Blocks that a living snapshot preserves, in ext's group rows: uint8[groups, row_bytes]."""
         engine = self.require_engine()
-        first = 1 if engine.shift else 0
-        return engine.history.union()[first : first + fs.geometry.groups]
+        union = engine.history.union().reshape(-1)[engine.row_bytes if engine.shift else 0 :]
+        groups, row_bytes = fs.geometry.groups, fs.geometry.blocks_per_group // 8
+        if len(union) < groups * row_bytes:  # rows may be shorter than groups
+            union = np.concatenate([union, np.zeros(groups * row_bytes - len(union), np.uint8)])
+        return union[: groups * row_bytes].reshape(groups, row_bytes)
 
     def set_mark(self, mark: bool) -> None:
         """Put the dirty mark on, or take it off and set the guard as it should be; durable on return."""

@@ -97,17 +97,22 @@ def test_a_volume_that_a_loop_device_has(run_cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "options", "named"),
+    ("feature", "named"),
     [
-        ("bigalloc", ("-C", "16384"), "bigalloc"),
-        ("quota", (), "quota"),
-        ("inline_data", (), "inline_data"),
-        ("mmp", (), "mmp"),
-        ("project,quota", (), "project"),
+        ("^has_journal\nfeature has_journal", "external journal"),
+        ("shared_blocks", "shared_blocks"),
+        ("dirdata", "dirdata"),
+        ("FEATURE_C30", "FEATURE_C30"),
+        ("FEATURE_I25", "FEATURE_I25"),
+        ("FEATURE_R30", "FEATURE_R30"),
     ],
 )
-def test_a_feature_that_is_not_supported(features: str, options: tuple[str, ...], named: str, run_cli: Cli) -> None:
-    with place(*options, features=features) as (image, directory):
+def test_a_feature_that_is_not_supported(feature: str, named: str, run_cli: Cli) -> None:
+    with place() as (image, directory):
+        script = directory.parent / "script"
+        clear = "ssv journal_inum 0\n" if "has_journal" in feature else ""
+        script.write_text(f"{clear}feature {feature}\n")
+        subprocess.run(["debugfs", "-w", "-f", script, image], check=True, capture_output=True)
         refused(run_cli, image, directory, {"create": WRITING["create"]}, named)
 
 
