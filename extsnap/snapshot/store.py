@@ -565,8 +565,11 @@ class Store:
         return int(runs[0][0]), int(runs[0][1])
 
     @classmethod
-    def load(cls, device: Device, slots: tuple[int, int], block_size: int) -> Store:
+    def load(cls, device: Device, slots: tuple[int, int], block_size: int, *, writable: bool = True) -> Store:
         """Open the store whose slots are at the given physical blocks.
+
+        Args:
+            writable: Whether it may be written: then features that only readers may ignore count as well.
 
         Raises:
             StoreDamaged: Neither slot leads to a valid root.
@@ -590,9 +593,13 @@ class Store:
                 hint="the snapshots cannot be read; the base volume is not affected",
             )
         slot, raw, chosen = best
-        if slot.incompat & ~fmt.KNOWN_INCOMPAT:
+        unknown = slot.incompat & ~fmt.KNOWN_INCOMPAT
+        if unknown:
+            raise UnsupportedFeature(f"the store has unknown features {unknown:#x}", hint="use a newer extsnap")
+        unknown = slot.ro_compat & ~fmt.KNOWN_RO_COMPAT
+        if unknown and writable:
             raise UnsupportedFeature(
-                f"the store has unknown features {slot.incompat & ~fmt.KNOWN_INCOMPAT:#x}", hint="use a newer extsnap"
+                f"the store has unknown features {unknown:#x}: it can be read only", hint="use a newer extsnap to write"
             )
         root = Root.parse(slot, raw, device_blocks)
         store = cls(device, root)

@@ -218,7 +218,7 @@ class Volume:
             # A plain volume: its superblocks pass as they are, a read-only feature of the user's own included.
             self.medium.offsets = []
             return
-        store = Store.load(self.medium.device, slots, self.block_size)
+        store = Store.load(self.medium.device, slots, self.block_size, writable=self.writable)
         self.medium.set_offsets(store.root.superblocks)
         self.adopt(store)
 

@@ -132,6 +132,26 @@ def test_another_version_is_refused(made):
         assert device.content == image
 
 
+@pytest.mark.parametrize(("word", "readable"), [(12, True), (16, True), (20, False)])
+def test_feature_words_mean_what_they_say(made, word, readable):
+    """Unknown compat bits hinder nobody, ro_compat bits a writer, incompat bits everybody."""
+    start = dumps()[1][0]
+    image = bytearray(made)
+    for at in (start, start + BLOCK):
+        slot = image[at : at + 512]
+        slot[word + 3] |= 0x40
+        slot[508:] = crc32c.crc32c(bytes(slot[:508])).to_bytes(4, "little")
+        image[at : at + 512] = slot
+    for writable in (False, True):
+        device = MemoryDevice(bytes(image))
+        if word == 12 or (readable and not writable):
+            assert Volume(device, writable=writable).snapshot_names()
+        else:
+            with pytest.raises(UnsupportedFeature, match="unknown features 0x40000000"):
+                Volume(device, writable=writable)
+        assert device.content == image
+
+
 def test_numbers_in_the_text():
     for pattern, value in (
         (r"### 1\.1 Pointer: (\d+) bytes", fmt.Pointer.sizeof()),
