@@ -40,7 +40,10 @@ class Variant:
         options: More options of mke2fs.
         extended: More of its ``-E`` options.
         journal: Its ``-J`` options, where there is a journal.
-        script: debugfs commands after the files were written.
+        top: Directory that the files are in; empty for the root.
+        first: debugfs commands on the volume as mke2fs left it, which e2fsck then puts in order.
+        fragments: Files of one cluster, every second of which is removed again: free space is left between them.
+        script: debugfs commands before the files are written.
         then: Commands on the image afterwards; ``{}`` is its path.
         refused: What the error says where extsnap cannot serve it, else empty.
     """
@@ -53,6 +56,9 @@ class Variant:
     options: tuple[str, ...] = ()
     extended: tuple[str, ...] = ()
     journal: str = "size=1"
+    top: str = ""
+    first: tuple[str, ...] = ()
+    fragments: int = 0
     script: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()
     refused: str = ""
@@ -134,6 +140,13 @@ VARIANTS: dict[str, Variant] = {
         then=(("tune2fs", "-O", "extent", "{}"), ("debugfs", "-w", "-R", "mkdir later", "{}")),
     ),
     "bigalloc": Variant("bigalloc, clusters of 16 KiB", features="bigalloc", kibibytes=60_000, options=("-C", "16384")),
+    "bigalloc-fragmented": Variant(
+        "bigalloc, every second cluster free",
+        features="bigalloc",
+        kibibytes=60_000,
+        options=("-C", "16384", "-N", "4096"),
+        fragments=3300,
+    ),
     "bigalloc-4k": Variant(
         "bigalloc, blocks of 4 KiB",
         features="bigalloc",
@@ -143,7 +156,15 @@ VARIANTS: dict[str, Variant] = {
         journal="size=4",
     ),
     "inline-data": Variant("inline_data", features="inline_data"),
-    "inline-root": Variant("inline_data with an inline root directory", features="inline_data", options=("-I", "512")),
+    # e2fsprogs never makes one: a new inline directory is copied over the root's inode.
+    "inline-root": Variant(
+        "inline_data with an inline root directory",
+        features="inline_data",
+        options=("-I", "512"),
+        top="/d",
+        first=("mkdir a", "cd a", "link <11> lost+found", "mkdir d", "cd /", "copy_inode a <2>"),
+        script=("ea_set / user.first 1", f"ea_set / user.second {'2' * 100}", "ea_set / user.third 333"),
+    ),
     "no-dir-index": Variant("no dir_index", features="^dir_index"),
     "no-filetype": Variant("no filetype", "ext2", features="^filetype"),
     "large-dir": Variant("large_dir", features="large_dir"),
@@ -163,6 +184,8 @@ VARIANTS: dict[str, Variant] = {
     "mmp": Variant("mmp", features="mmp", extended=("mmp_update_interval=1",)),
     "fast-commit": Variant("fast_commit", features="fast_commit", journal="size=4", kibibytes=30_000),
     "stable-inodes": Variant("stable_inodes", features="stable_inodes"),
+    "journal-csum-2": Variant("journal with checksums of version 2", script=("jo -c -v 2", "jc")),
+    "journal-csum-3": Variant("journal with checksums of version 3", script=("jo -c -v 3", "jc")),
     "journal-32": Variant("journal with 32-bit numbers and no checksums", features="^64bit,^metadata_csum"),
     "short-last-group": Variant("a last group of 300 blocks", kibibytes=8192 * 3 + 301),
     "ragged-image": Variant(
@@ -170,6 +193,17 @@ VARIANTS: dict[str, Variant] = {
     ),
     "tiny-groups": Variant("groups of 256 blocks", "ext2", options=("-g", "256"), features="^resize_inode"),
     "no-reserve": Variant("nothing reserved for root", options=("-m", "0")),
+    "encrypted-root": Variant(
+        "encrypted names in the root directory",
+        features="encrypt",
+        then=(("debugfs", "-w", "-R", "sif <2> flags 0x80800", "{}"),),
+        refused="encrypted names in the root directory",
+    ),
+    "unknown-feature": Variant(
+        "a feature that e2fsprogs does not know",
+        then=(("debugfs", "-w", "-R", "feature FEATURE_R30", "{}"),),
+        refused="FEATURE_R30",
+    ),
     "external-journal": Variant(
         "journal on another device",
         "ext2",
@@ -218,6 +252,9 @@ def build(name: str, variant: Variant, path: Path) -> None:
     words = [*options, "-E", ",".join(extended), str(path)]
     tool("mke2fs", "-q", "-F", "-t", variant.base, *words)
     with tempfile.TemporaryDirectory(prefix="extsnap-variant-") as scratch:
+        if variant.first:
+            debugfs_script(path, list(variant.first), Path(scratch))
+            tool("e2fsck", "-fy", str(path), ok=(0, 1))
         debugfs_script(path, _tree(variant, Path(scratch)), Path(scratch))
     for command in variant.then:
         tool(*(word.format(path) for word in command))
@@ -230,12 +267,12 @@ def _tree(variant: Variant, scratch: Path) -> list[str]:
     """Commands: files of many sizes, a sparse one, a directory that becomes a hash tree."""
     rng = random.Random(variant.title)
     size = variant.block_size
-    commands = [*variant.script, "mkdir many", "cd many"]
+    commands = [*variant.script, *([f"cd {variant.top}"] if variant.top else []), "mkdir many", "cd many"]
     empty = scratch / "empty"
     empty.write_bytes(b"")
     names = 40 if "inline" in variant.features else max(60, 3 * size // 60)
     commands += [f"write {empty} {number:04d}-{'n' * 40}" for number in range(min(names, 400))]
-    commands += ["cd /"]
+    commands += [f"cd {variant.top or '/'}"]
     for number, length in enumerate((0, 1, 50, size, size + 1, 14 * size, 300 * 1024)):
         source = scratch / f"file{number}"
         source.write_bytes(rng.randbytes(length))
@@ -245,6 +282,12 @@ def _tree(variant: Variant, scratch: Path) -> list[str]:
         for block in (1, 20, 290):
             file.seek(block * size)
             file.write(rng.randbytes(size))
+    if variant.fragments:
+        cluster = scratch / "cluster"
+        cluster.write_bytes(rng.randbytes(int(variant.options[variant.options.index("-C") + 1])))
+        commands += ["mkdir fragments", "cd fragments"]
+        commands += [f"write {cluster} {number}" for number in range(variant.fragments)]
+        commands += [f"rm {number}" for number in range(0, variant.fragments, 2)] + [f"cd {variant.top or '/'}"]
     commands += [f"write {sparse} sparse", "symlink link file1", f"symlink slow {'directory/' * 12}target"]
     return commands
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from extsnap.arrays import Ints, expand
 from extsnap.errors import ExtsnapError, FormatError, UnsupportedFeature
+from extsnap.ext import inline
 from extsnap.ondisk.checksum import inode_seed
 from extsnap.ondisk.directory import (
     HEADER,
@@ -95,6 +96,8 @@ class _Directory:
         self.fs = fs
         self.ino = ino
         self.inode: Any = fs.inode(ino)
+        if inline.is_inline(self.inode):
+            raise UnsupportedFeature(f"directory {ino} lies in its inode", hint="this release cannot read it")
         self.map = fs.file_map(ino)
         geometry = fs.geometry
         self.size = geometry.block_size
@@ -301,10 +304,42 @@ def lookup(fs: Filesystem, directory_ino: int, name: bytes) -> int | None:
     Raises:
         FormatError: The directory is damaged.
     """
-    if fs.inode(directory_ino).i_mode & 0o170000 != 0o040000:
+    inode = fs.inode(directory_ino)
+    if inode.i_mode & 0o170000 != 0o040000:
         return None
+    if inline.is_inline(inode):
+        return next((entry.inode for entry in _inline_entries(fs, inode) if entry.name == name), None)
     found = _find(_Directory(fs, directory_ino), name)
     return found[1].inode if found else None
+
+
+def _inline_entries(fs: Filesystem, inode: Any) -> list[Entry]:
+    _, parts = inline.pieces(inode, fs.geometry.inode_size)
+    return [entry for part in parts for entry in parse_block(part, False) if entry.inode]
+
+
+def _move_out_of_inode(fs: Filesystem, ino: int) -> None:
+    """Give a directory that lies in its inode a block, as the kernel does when it gets too big.
+
+    Raises:
+        VolumeFull: There is no free block.
+        FormatError: It is damaged.
+    """
+    inode = fs.inode(ino)
+    parent, _ = inline.pieces(inode, fs.geometry.inode_size)
+    found = _inline_entries(fs, inode)
+    block = new_directory_block(fs, ino, parent)
+    for entry in found:
+        grown = _insert(block, fs.geometry.has_metadata_csum, entry.name, entry.inode, entry.file_type)
+        if grown is None:
+            raise FormatError("it has more entries than a block", structure=f"inline directory {ino}")
+        block = grown
+    if fs.geometry.has_metadata_csum:
+        block = leaf_with_checksum(inode_seed(fs.geometry.checksum_seed, ino, inode.i_generation), block)
+    inline.clear(fs, ino)
+    place = int(fs.allocate_blocks(1)[0])
+    fs.write_block(place, block)
+    fs.set_file_map(ino, np.array([[0, place, 1]], np.int64), np.zeros(0, np.int64), fs.geometry.block_size)
 
 
 def new_directory_block(fs: Filesystem, ino: int, parent: int) -> bytes:
@@ -346,6 +381,8 @@ def add_entry(fs: Filesystem, directory_ino: int, name: bytes, ino: int, file_ty
     """
     if not 1 <= len(name) <= NAME_MAX:
         raise ValueError(f"a name of {len(name)} bytes")
+    if inline.is_inline(fs.inode(directory_ino)):
+        _move_out_of_inode(fs, directory_ino)
     directory = _Directory(fs, directory_ino)
     if _find(directory, name) is not None:
         raise ExtsnapError(f"the directory has an entry {name.decode(errors='replace')!a} already")

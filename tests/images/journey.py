@@ -28,10 +28,12 @@ class Journey:
     Attributes:
         image: The image, which is changed.
         scratch: A directory for copies.
+        top: Where the files of `variants` are.
     """
 
     image: Path
     scratch: Path
+    top: str = ""
     seed: int = 1
     copies: dict[str, Path] = field(default_factory=dict)
 
@@ -50,8 +52,10 @@ class Journey:
     def travel(self) -> None:
         """The whole way; raises AssertionError at the first thing that is wrong."""
         plain = oracle.superblock_facts(self.image)["Filesystem features"]
+        original = oracle.tree_of_image(self.image)
         with self.open() as volume:
             self.create(volume, "one")
+        oracle.assert_same_tree(original, oracle.tree_of_image(self.copies["one"]))
         with self.open() as volume:
             self.change(volume, "first")
             self.create(volume, "two")
@@ -112,15 +116,15 @@ class Journey:
         for number, length in enumerate((0, 5, 40, 3 * size + 1, 100 * 1024)):
             sources.append(self.scratch / f"{tag}-{number}")
             sources[-1].write_bytes(self.random.randbytes(length))
-        commands = [f"mkdir {tag}", f"cd {tag}"]
+        commands = [f"cd {self.top or '/'}", f"mkdir {tag}", f"cd {tag}"]
         commands += [f"write {source} new{number}" for number, source in enumerate(sources)]
-        commands += ["cd /many"]
+        commands += [f"cd {self.top}/many"]
         commands += (
             [f"rm {number:04d}-{'n' * 40}" for number in self.random.sample(range(40), 3)] if tag == "first" else []
         )
         commands += [f"write {sources[1]} {tag}{number}-{'m' * 60}" for number in range(8)]
         commands += [
-            "cd /",
+            f"cd {self.top or '/'}",
             *(
                 f"zap_block -f file6 -p {self.random.randrange(256)} {number}"
                 for number in range(0, 300 * 1024 // size, 3)

@@ -22,7 +22,7 @@ def test_the_journey(name: str) -> None:
         if variant.refused:
             assert variant.refused in refusal(image)
         else:
-            Journey(image, scratch).travel()
+            Journey(image, scratch, variant.top).travel()
 
 
 def test_the_support_table_is_of_these_volumes() -> None:

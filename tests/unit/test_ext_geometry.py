@@ -412,5 +412,3 @@ def test_the_file_is_as_before(tmp_path, what):
     with pytest.raises(ExtsnapError):
         extsnap.open(path)
     assert oracle.sha256(path) == before == hashlib.sha256(path.read_bytes()).hexdigest()
-
-

@@ -55,8 +55,10 @@ def make(mutants, **changes):
     return mutants.Mutant(**{**fields, **changes})
 
 
-def test_the_list_fits_the_source(mutants):
-    assert mutants.load(mutants.LIST)
+def test_the_list_fits_the_source_and_the_document(mutants):
+    found = mutants.load(mutants.LIST)
+    assert len(found) >= 10
+    assert mutants.table(found) in (mutants.CHECKOUT / "docs" / "TESTING.md").read_text(), "run tools/mutants --list"
 
 
 def test_lines_are_replaced_with_their_indentation(mutants):
