@@ -22,16 +22,17 @@ __version__ = "0.1.0"
 __all__ = ["ExtsnapError", "__version__", "open"]
 
 
-def open(path: str | os.PathLike[str], *, writable: bool = True) -> Volume:
+def open(path: str | os.PathLike[str], *, writable: bool = True, partition: int | None = None) -> Volume:
     """Open an image, lock it, and finish what an interrupted command left.
 
     Args:
-        path: An image file.
+        path: An image file, or a block device.
         writable: False reads only: nothing is locked exclusively and nothing is changed.
+        partition: Number of the partition in a disk image; None takes the only ext one; 0 is the whole image.
 
     Raises:
         ExtsnapError: What, where and what to do next.
     """
     from extsnap.snapshot.volume import Volume
 
-    return Volume.open(path, writable=writable)
+    return Volume.open(path, writable=writable, partition=partition)

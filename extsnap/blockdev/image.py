@@ -1,4 +1,9 @@
-"""An image file (or block device) as a device, locked by inode."""
+"""An image file (or block device), or one partition of it, as a device; locked by inode and range.
+
+The lock is two.  An open-file-description lock (`F_OFD_SETLK`) on the bytes of the partition, or on all of them,
+keeps two extsnaps apart, and lets two partitions of one image be used at once.  A `flock`, shared by all who use
+a part, is there for other programs: ``flock -n``, ``sfdisk --lock`` and udev see an image in use.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,9 @@ import errno
 import fcntl
 import os
 import stat
+import struct
+import sys
+from collections.abc import Iterator
 from typing import Literal
 
 from extsnap.blockdev.base import Buffer
@@ -15,6 +23,8 @@ from extsnap.errors import ExtsnapError, ImageNotFound, VolumeBusy
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
+_BLKSSZGET = 0x1268
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -24,12 +34,14 @@ def _failure(error: OSError, operation: str, path: str, offset: int) -> OSError:
 
 
 class ImageFile:
-    """A regular file or block device with positioned reads and writes.
+    """A regular file or block device, or a range of it, with positioned reads and writes.
 
     Attributes:
         path: Absolute path as it was given, symbolic links not resolved.
         device_id: (st_dev, st_ino): what the lock and every comparison go by, never the path.
+        start: First byte of the range in the file; what is read and written counts from here.
         size: Bytes.
+        is_range: Whether it was opened as a part of the file, whose end is then a limit for writes too.
     """
 
     def __init__(
@@ -38,14 +50,25 @@ class ImageFile:
         *,
         writable: bool = False,
         lock: Literal["none", "shared", "exclusive"] = "none",
+        start: int = 0,
+        length: int | None = None,
     ) -> None:
         """Open and lock.
 
+        Args:
+            path: A regular file or block device.
+            writable: For writing too.
+            lock: What nobody else may do meanwhile: write (shared), or read and write (exclusive; needs ``writable``).
+            start: First byte of the range that is used.
+            length: Bytes of it; None for all of the file, whose size may then change.
+
         Raises:
             ImageNotFound: Missing, or neither a regular file nor a block device.
-            ExtsnapError: No permission.
+            ExtsnapError: No permission, or the range leaves the file.
             VolumeBusy: Another extsnap has the lock.
         """
+        if lock == "exclusive" and not writable:
+            raise ValueError("an exclusive lock needs a writable image")
         self.path = os.path.abspath(path)
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         try:
@@ -66,12 +89,20 @@ class ImageFile:
             raise ExtsnapError(f"{path} cannot be opened: permission denied", hint=hint) from error
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise VolumeBusy(f"{path} is in use", hint="unmount it first") from error
+                hint = "unmount it first" + ("" if length is None else ", or name the partition's own device")
+                raise VolumeBusy(f"{path} is in use", hint=hint) from error
             raise ExtsnapError(f"{path} cannot be opened: {error.strerror}", hint="check the path") from error
         try:
             opened = os.fstat(self._descriptor)
             self.device_id = (opened.st_dev, opened.st_ino)
-            self.size = os.lseek(self._descriptor, 0, os.SEEK_END)
+            end = os.lseek(self._descriptor, 0, os.SEEK_END)
+            self.start, self.is_range = start, length is not None
+            self.size = end - start if length is None else length
+            if start < 0 or self.size < 0 or start + self.size > end:
+                raise ExtsnapError(
+                    f"{path} has {end} bytes: {self.size} at {start} are not in it", hint="check the path"
+                )
+            self._limit = sys.maxsize if length is None else start + length
             self._is_file = stat.S_ISREG(opened.st_mode)
             self._early = EarlyWriter(self._descriptor, every=_WRITE_EARLY_EVERY)
             if lock != "none":
@@ -81,14 +112,40 @@ class ImageFile:
             raise
 
     def _lock(self, *, exclusive: bool) -> None:
+        length = self.size if self.is_range else 0  # 0: to the end, wherever that will be
+        whole = exclusive and not self.is_range
+        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+        wanted = _FLOCK.pack(kind, os.SEEK_SET, self.start, length, 0)
         try:
-            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = _lock_holder(self.device_id)
+            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if whole else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, wanted)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # or it would be taken for the other one's
+            holder = _lock_holder(self.device_id, self.start, self.start + length if length else sys.maxsize)
             who = f"process {holder}" if holder else "another process"
             raise VolumeBusy(
                 f"{self.path} is in use by extsnap in {who}", hint="wait for it, or end it with extsnap detach"
             ) from error
+
+    @property
+    def sector_size(self) -> int | None:
+        """Bytes of a logical sector of a block device; None for a file, which has none."""
+        if self._is_file:
+            return None
+        return int(struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))[0])
+
+    def _at(self, offset: int, length: int, operation: str) -> int:
+        """Where ``offset`` of the range is in the file.
+
+        Raises:
+            OSError: ``length`` bytes there leave the range.
+        """
+        at = offset + self.start
+        if at + length > self._limit or offset < 0:
+            raise _failure(OSError(errno.EIO, ""), f"{operation} {length} bytes", self.path, at)
+        return at
 
     def fileno(self) -> int:
         """The descriptor."""
@@ -105,12 +162,13 @@ class ImageFile:
         """Exactly ``length`` bytes.
 
         Raises:
-            OSError: Reading failed, or the file ended: names operation and offset.
+            OSError: Reading failed, or the file or range ended: names operation and offset in the file.
         """
+        at = self._at(offset, length, "reading")
         try:
-            data = os.pread(self._descriptor, length, offset)
+            data = os.pread(self._descriptor, length, at)
         except OSError as error:
-            raise _failure(error, f"reading {length} bytes", self.path, offset) from error
+            raise _failure(error, f"reading {length} bytes", self.path, at) from error
         if len(data) == length:
             return data
         buffer = bytearray(length)
@@ -119,44 +177,46 @@ class ImageFile:
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``; see `pread`."""
-        done = 0
+        at, done = self._at(offset, len(buffer), "reading"), 0
         try:
             while done < len(buffer):
-                count = os.preadv(self._descriptor, [buffer[done:] if done else buffer], offset + done)
+                count = os.preadv(self._descriptor, [buffer[done:] if done else buffer], at + done)
                 if not count:
                     raise OSError(errno.EIO, "the file ends")
                 done += count
         except OSError as error:
-            raise _failure(error, f"reading {len(buffer)} bytes", self.path, offset) from error
+            raise _failure(error, f"reading {len(buffer)} bytes", self.path, at) from error
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write all of ``data``.  Not durable before `flush`.
 
         Raises:
-            OSError: Names operation and offset; any part may have been written.
+            OSError: Names operation and offset in the file; any part may have been written, nothing outside the range.
         """
+        at = self._at(offset, len(data), "writing")
         try:
-            done = os.pwrite(self._descriptor, data, offset)
+            done = os.pwrite(self._descriptor, data, at)
             while done < len(data):
-                count = os.pwrite(self._descriptor, memoryview(data)[done:], offset + done)
+                count = os.pwrite(self._descriptor, memoryview(data)[done:], at + done)
                 if not count:
                     raise OSError(errno.ENOSPC, "no progress")
                 done += count
             self._early.written(done)
         except OSError as error:
-            raise _failure(error, f"writing {len(data)} bytes", self.path, offset) from error
+            raise _failure(error, f"writing {len(data)} bytes", self.path, at) from error
 
     def punch(self, offset: int, length: int) -> None:
         """Make the range read as zeros; a host that cannot punch holes gets zeros written."""
         mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        if _libc.fallocate(self._descriptor, mode, offset, length) == 0:
+        at = self._at(offset, length, "punching")
+        if _libc.fallocate(self._descriptor, mode, at, length) == 0:
             return
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
-            raise _failure(OSError(number, ""), f"punching {length} bytes", self.path, offset)
+            raise _failure(OSError(number, ""), f"punching {length} bytes", self.path, at)
         zeros = bytes(1 << 20)
-        for at in range(offset, offset + length, len(zeros)):
-            self.pwrite(at, zeros[: offset + length - at])
+        for step in range(offset, offset + length, len(zeros)):
+            self.pwrite(step, zeros[: offset + length - step])
 
     def flush(self) -> None:
         """Barrier (fdatasync): everything written before is durable.
@@ -177,10 +237,22 @@ class ImageFile:
         self.close()
 
 
-def _lock_holder(device_id: tuple[int, int]) -> int | None:
-    """Process that holds a flock on the inode, by /proc/locks; None where it cannot be told."""
+def _lock_holder(device_id: tuple[int, int], start: int, end: int) -> int | None:
+    """Process whose lock is in the way of one on bytes ``start`` to ``end`` of the inode; None where it cannot be told.
+
+    The kernel tells no owner of an open-file-description lock, but shows each lock with the descriptor that has it.
+    """
     device, inode = device_id
     wanted = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
+    sharing = None
+    for process, fields in _locks_of_descriptors(wanted):
+        kind, low, high = fields[1], int(fields[-2]), sys.maxsize if fields[-1] == "EOF" else int(fields[-1]) + 1
+        if kind == "OFDLCK" and low < end and start < high:
+            return process
+        if kind == "FLOCK":
+            sharing = sharing or process
+    if sharing is not None:
+        return sharing
     try:
         with open("/proc/locks") as locks:
             for line in locks:
@@ -190,3 +262,19 @@ def _lock_holder(device_id: tuple[int, int]) -> int | None:
     except OSError:
         return None
     return None
+
+
+def _locks_of_descriptors(inode: str) -> Iterator[tuple[int, list[str]]]:
+    """(process, fields of a line of /proc/locks) for every lock on an inode that we may see."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            descriptors = os.listdir(f"/proc/{process}/fdinfo")
+        except OSError:  # gone, or somebody else's
+            continue
+        for descriptor in descriptors:
+            try:
+                with open(f"/proc/{process}/fdinfo/{descriptor}") as file:
+                    lines = [line.split()[1:] for line in file if line.startswith("lock:")]
+            except OSError:
+                continue
+            yield from ((int(process), fields) for fields in lines if len(fields) > 7 and fields[5] == inode)

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import struct
+import sys
 from dataclasses import dataclass
 
 from extsnap.blockdev.image import ImageFile
@@ -139,20 +140,52 @@ def _backing_by_path(name: str) -> tuple[int, int] | None:
     return _identity(path, _fuse_points(_mount_table()))
 
 
-def holders(device_id: tuple[int, int]) -> list[Holder]:
-    """Everything on top of the file with this (st_dev, st_ino).
+def _number(path: str) -> int:
+    """A number in sysfs; 0 where there is none."""
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
 
-    FUSE mounts count whose source is the file (fuse2fs), but for those of extsnap, which holds a lock as well.
+
+def _loop_range(name: str) -> tuple[int, int]:
+    """(first byte, end) of what a loop device shows of its file."""
+    start, length = (_number(f"/sys/block/{name}/loop/{field}") for field in ("offset", "sizelimit"))
+    return start, start + length if length else sys.maxsize
+
+
+def _devices_of(name: str, start: int, end: int) -> list[tuple[int, int]]:
+    """(major, minor) of a loop device and of its partitions in a range of its file."""
+    base, begin = f"/sys/block/{name}", _loop_range(name)[0]
+    found = [base]
+    for part in os.listdir(base):
+        low = begin + _number(f"{base}/{part}/start") * 512
+        if part.startswith(f"{name}p") and low < end and start < low + _number(f"{base}/{part}/size") * 512:
+            found.append(f"{base}/{part}")
+    numbers = []
+    for path in found:
+        with open(f"{path}/dev") as file:
+            major, minor = file.read().strip().split(":")
+        numbers.append((int(major), int(minor)))
+    return numbers
+
+
+def holders(device_id: tuple[int, int], start: int = 0, end: int = sys.maxsize) -> list[Holder]:
+    """Everything on top of the bytes from ``start`` to ``end`` of the file with this (st_dev, st_ino).
+
+    FUSE mounts count whose source is the file (fuse2fs), whatever part of it they read; but not those of extsnap,
+    which holds a lock as well.
     """
     found = []
     mounts: dict[tuple[int, int], list[str]] | None = None
     for name in loop_devices():
-        if _backing(name) != device_id:
+        low, high = _loop_range(name)
+        if low >= end or start >= high or _backing(name) != device_id:
             continue
         mounts = mounts if mounts is not None else mounts_by_device()
-        with open(f"/sys/block/{name}/dev") as file:
-            major, minor = file.read().strip().split(":")
-        found.append(Holder("loop", f"/dev/{name}", tuple(mounts.get((int(major), int(minor)), ()))))
+        points = [point for device in _devices_of(name, start, end) for point in mounts.get(device, ())]
+        found.append(Holder("loop", f"/dev/{name}", tuple(points)))
     table = _mount_table()
     avoid = _fuse_points(table)
     for mount in table:
@@ -169,7 +202,7 @@ def require_free(image: ImageFile) -> None:
     Raises:
         VolumeBusy: Names the loop devices and mounts, and what to do.
     """
-    found = holders(image.device_id)
+    found = holders(image.device_id, image.start, image.start + image.size if image.is_range else sys.maxsize)
     if not found:
         return
     parts, steps = [], []

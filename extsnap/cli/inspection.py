@@ -9,7 +9,7 @@ import typer
 
 from extsnap.cli import output
 from extsnap.cli.failure import DAMAGE, about
-from extsnap.cli.options import Image, Json, Version, complete_snapshot
+from extsnap.cli.options import Image, Json, Partition, Version, complete_snapshot
 from extsnap.cli.snapshots import call
 
 
@@ -35,6 +35,7 @@ def check(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Without e2fsck on the snapshots.")] = False,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -47,7 +48,7 @@ def check(
         from extsnap.serve import session
 
         with output.progress("checking"):
-            result = session.check(image, list(names or ()), quick)
+            result = session.check(image, list(names or ()), quick, partition=partition)
     output.notices(result)
     if as_json:
         output.emit_json(result)
@@ -75,9 +76,9 @@ def damage_line(image: str, result: dict[str, Any]) -> str:
     return f"{image}: damage found in {', '.join(damaged) or 'the volume'}; {step}"
 
 
-def info(image: Image, as_json: Json = False, version: Version = False) -> None:
+def info(image: Image, partition: Partition = None, as_json: Json = False, version: Version = False) -> None:
     """Show the volume, what of it is extsnap's, and who serves it."""
-    result = call(image, "info", writable=False)
+    result = call(image, "info", writable=False, partition=partition)
     if as_json:
         output.emit_json(result)
     else:
@@ -92,11 +93,12 @@ def dump(
         Structure,
         typer.Argument(metavar="WHAT", help="header, log, records, snapshots or bitmaps.", show_default=False),
     ],
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
     """Show the store's structures, for people who debug."""
-    result = call(image, "dump", writable=False, what=what.value)
+    result = call(image, "dump", writable=False, partition=partition, what=what.value)
     if as_json:
         output.emit_json(result)
     else:

@@ -39,10 +39,11 @@ def complete_snapshot(ctx: typer.Context, incomplete: str) -> list[str]:
     from extsnap.errors import ExtsnapError
     from extsnap.serve import session
 
+    partition = ctx.params.get("partition")
     given = set(ctx.params.get("names") or ())
     # A message in the middle of the command line that is being typed helps nobody.
     with contextlib.suppress(ExtsnapError, OSError), contextlib.redirect_stderr(io.StringIO()):
-        with session.open_session(image, writable=False) as opened:
+        with session.open_session(image, writable=False, partition=partition) as opened:
             found = opened.call("list")["snapshots"]
         names = (str(snapshot["name"]) for snapshot in found)
         return [
@@ -62,6 +63,17 @@ def print_version(value: bool) -> None:
 
 Image = Annotated[
     str, typer.Argument(metavar="IMAGE", help="Image file, loop device or block device.", show_default=False)
+]
+Partition = Annotated[
+    int | None,
+    typer.Option(
+        "--partition",
+        "-P",
+        metavar="N",
+        min=0,
+        help="Partition N of a disk image; not needed for the only ext partition. 0 is the whole image.",
+        show_default=False,
+    ),
 ]
 SnapshotName = Annotated[
     str,

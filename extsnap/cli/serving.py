@@ -8,7 +8,7 @@ import typer
 
 from extsnap.cli import output
 from extsnap.cli.failure import RUN_FAILED, about
-from extsnap.cli.options import Command, Image, Json, Version, complete_snapshot
+from extsnap.cli.options import Command, Image, Json, Partition, Version, complete_snapshot
 from extsnap.errors import ServerError
 
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="An existing directory.", show_default=False)]
@@ -28,6 +28,7 @@ def attach(
     image: Image,
     directory: Directory,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until the volume is detached.")] = False,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -38,7 +39,7 @@ def attach(
     with about(image):
         from extsnap.serve import session
 
-        session.attach(image, directory, foreground=foreground)
+        session.attach(image, directory, foreground=foreground, partition=partition)
     if as_json:
         output.emit_json({"version": 1, "image": image, "directory": directory})
 
@@ -48,6 +49,7 @@ def detach(
         str, typer.Argument(metavar="IMAGE|DIR", help="The image, or where it is attached.", show_default=False)
     ],
     force: Annotated[bool, typer.Option("--force", help="Also while it is in use.")] = False,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -55,7 +57,7 @@ def detach(
     with about(target):
         from extsnap.serve import session
 
-        if not session.detach(target, force=force):
+        if not session.detach(target, force=force, partition=partition):
             raise ServerError(
                 f"{target} was not left clean", hint="the next extsnap command that writes recovers the volume"
             )
@@ -76,6 +78,7 @@ def mount(
             show_default=False,
         ),
     ] = None,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -83,7 +86,7 @@ def mount(
     with about(image):
         from extsnap.serve import session
 
-        session.mount(image, directory, snapshot=snapshot)
+        session.mount(image, directory, snapshot=snapshot, partition=partition)
     if as_json:
         output.emit_json({"version": 1, "image": image, "directory": directory, "snapshot": snapshot})
 
@@ -123,6 +126,7 @@ def run(
     ok: Annotated[
         str, typer.Option("--ok", metavar="STATUS,...", help="Exit statuses of CMD that are no failure.")
     ] = "0",
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -136,7 +140,7 @@ def run(
     with about(image, status=RUN_FAILED):
         from extsnap.serve import session
 
-        status = session.run(image, command, atomic=atomic, ok=statuses)
+        status = session.run(image, command, atomic=atomic, ok=statuses, partition=partition)
     if as_json:
         output.emit_json({"version": 1, "status": status})
     raise typer.Exit(status)

@@ -9,7 +9,7 @@ import typer
 
 from extsnap.cli import output
 from extsnap.cli.failure import about
-from extsnap.cli.options import Image, Json, SnapshotName, Version, complete_snapshot
+from extsnap.cli.options import Image, Json, Partition, SnapshotName, Version, complete_snapshot
 from extsnap.cli.units import safe
 
 
@@ -21,7 +21,7 @@ class Kind(StrEnum):
     atomic = "atomic"
 
 
-def call(image: str, verb: str, *, writable: bool, **arguments: Any) -> dict[str, Any]:
+def call(image: str, verb: str, *, writable: bool, partition: int | None, **arguments: Any) -> dict[str, Any]:
     """Carry out one verb on an image, served or not, and pass its notices on.
 
     Raises:
@@ -30,7 +30,7 @@ def call(image: str, verb: str, *, writable: bool, **arguments: Any) -> dict[str
     with about(image):
         from extsnap.serve import session
 
-        with session.open_session(image, writable=writable) as opened:
+        with session.open_session(image, writable=writable, partition=partition) as opened:
             result: dict[str, Any] = opened.call(verb, **arguments)
     output.notices(result)
     return result
@@ -47,13 +47,21 @@ def create(
     quiesced: Annotated[
         bool, typer.Option("--quiesced", help="Whoever uses the volume has already brought it to rest.")
     ] = False,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
     """Take a snapshot and print its name."""
     with output.progress("taking a snapshot"):
         result = call(
-            image, "create", writable=True, name=name, message=message, freeze=not no_freeze, quiesced=quiesced
+            image,
+            "create",
+            writable=True,
+            partition=partition,
+            name=name,
+            message=message,
+            freeze=not no_freeze,
+            quiesced=quiesced,
         )
     if as_json:
         output.emit_json(result)
@@ -61,9 +69,9 @@ def create(
         output.emit_lines([safe(result["name"])])
 
 
-def list_snapshots(image: Image, as_json: Json = False, version: Version = False) -> None:
+def list_snapshots(image: Image, partition: Partition = None, as_json: Json = False, version: Version = False) -> None:
     """List the snapshots, oldest first."""
-    result = call(image, "list", writable=False)
+    result = call(image, "list", writable=False, partition=partition)
     if as_json:
         output.emit_json(result)
     elif result["snapshots"]:
@@ -74,9 +82,11 @@ def list_snapshots(image: Image, as_json: Json = False, version: Version = False
         output.say(f"{image} has no snapshots; extsnap create takes one")
 
 
-def show(image: Image, name: SnapshotName, as_json: Json = False, version: Version = False) -> None:
+def show(
+    image: Image, name: SnapshotName, partition: Partition = None, as_json: Json = False, version: Version = False
+) -> None:
     """Show everything about one snapshot."""
-    result = call(image, "show", writable=False, name=name)
+    result = call(image, "show", writable=False, partition=partition, name=name)
     if as_json:
         output.emit_json(result)
     else:
@@ -94,6 +104,7 @@ def delete(
         ),
     ] = None,
     kind: Annotated[Kind | None, typer.Option("--kind", help="All snapshots of this kind.", show_default=False)] = None,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -104,7 +115,14 @@ def delete(
     if not names and kind is None:
         raise typer.BadParameter("give at least one name, or --kind", param_hint="NAME")
     with output.progress("deleting"):
-        result = call(image, "delete", writable=True, names=list(names or ()), kind=kind.value if kind else None)
+        result = call(
+            image,
+            "delete",
+            writable=True,
+            partition=partition,
+            names=list(names or ()),
+            kind=kind.value if kind else None,
+        )
     if as_json:
         output.emit_json(result)
 
@@ -119,6 +137,7 @@ def restore(
     ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Go back to the newest safety snapshot.")] = False,
     no_safety: Annotated[bool, typer.Option("--no-safety", help="Take no safety snapshot before.")] = False,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -129,25 +148,25 @@ def restore(
     if (name is None) == (not undo):
         raise typer.BadParameter("give either the name of a snapshot or --undo", param_hint="NAME")
     with output.progress("restoring"):
-        result = call(image, "restore", writable=True, name=name, undo=undo, safety=not no_safety)
+        result = call(image, "restore", writable=True, partition=partition, name=name, undo=undo, safety=not no_safety)
     if as_json:
         output.emit_json(result)
     elif result.get("safety") is not None:
         output.emit_lines([safe(result["safety"])])
 
 
-def strip(image: Image, as_json: Json = False, version: Version = False) -> None:
+def strip(image: Image, partition: Partition = None, as_json: Json = False, version: Version = False) -> None:
     """Remove all snapshots and all of extsnap: a plain volume again."""
     with output.progress("removing all snapshots"):
-        result = call(image, "strip", writable=True)
+        result = call(image, "strip", writable=True, partition=partition)
     if as_json:
         output.emit_json(result)
 
 
-def accept(image: Image, as_json: Json = False, version: Version = False) -> None:
+def accept(image: Image, partition: Partition = None, as_json: Json = False, version: Version = False) -> None:
     """Go on after the image was written outside extsnap: the snapshots at risk are marked tainted."""
     with output.progress("accepting the volume as it is"):
-        result = call(image, "accept", writable=True)
+        result = call(image, "accept", writable=True, partition=partition)
     if as_json:
         output.emit_json(result)
     elif result["tainted"]:

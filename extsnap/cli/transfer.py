@@ -14,7 +14,7 @@ import typer
 
 from extsnap.cli import output
 from extsnap.cli.failure import about
-from extsnap.cli.options import Image, Json, SnapshotName, Version
+from extsnap.cli.options import Image, Json, Partition, SnapshotName, Version
 from extsnap.cli.snapshots import call
 from extsnap.errors import ExtsnapError
 
@@ -26,6 +26,7 @@ def export(
     name: SnapshotName,
     out: Annotated[str, typer.Argument(metavar="OUT", help="File to write; - is standard output.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
@@ -36,16 +37,18 @@ def export(
     if out == "-":
         if as_json:
             raise typer.BadParameter("--json and an image cannot both go to standard output", param_hint="OUT")
-        _export_to_stdout(image, name)
+        _export_to_stdout(image, name, partition)
         return
     with output.progress(f"exporting {name}"):
         # Absolute, because the server of a served image works in another directory.
-        result = call(image, "export", writable=False, name=name, out=os.path.abspath(out), force=force)
+        result = call(
+            image, "export", writable=False, partition=partition, name=name, out=os.path.abspath(out), force=force
+        )
     if as_json:
         output.emit_json({**result, "out": out})
 
 
-def _export_to_stdout(image: str, name: str) -> None:
+def _export_to_stdout(image: str, name: str, partition: int | None) -> None:
     """Export to a temporary file and copy that: the work needs a file that it can seek in and punch."""
     if output.stdout_is_terminal():
         with about(image):
@@ -57,7 +60,7 @@ def _export_to_stdout(image: str, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="extsnap-") as directory:
         path = os.path.join(directory, "volume")
         with output.progress(f"exporting {name}"):
-            call(image, "export", writable=False, name=name, out=path, force=False)
+            call(image, "export", writable=False, partition=partition, name=name, out=path, force=False)
         with about(path):
             source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from extsnap.blockdev.base import ReadableDevice
 
 _RAW = "convert it with qemu-img convert -O raw"
-_PART = "name the partition's own device, or copy the partition out"
+_PART = "its partition table is empty or damaged: sfdisk --dump shows it"
 #: (offset, magic, what it is, what to do), the more certain ones first.
 _MAGICS = (
     (0, b"XFSB", "an XFS filesystem", ""),

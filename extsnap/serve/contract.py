@@ -74,9 +74,9 @@ class EngineVolume(ServedVolume, Protocol):
 
 
 class VolumeFactory(Protocol):
-    """``Volume.open``: locks the image, raises ``ExtsnapError`` subclasses."""
+    """``Volume.open``: locks the volume, raises ``ExtsnapError`` subclasses."""
 
-    def __call__(self, path: str, *, writable: bool) -> EngineVolume: ...
+    def __call__(self, path: str, *, writable: bool, partition: int | None = None) -> EngineVolume: ...
 
 
 def load_factory(spec: str) -> VolumeFactory:

@@ -1,7 +1,8 @@
 """The control socket of a server: where it is, what is said on it, and both ends of saying it.
 
-One Unix socket for each served image, named by the image's device and inode, mode 0600 in a directory
-of mode 0700.  Either side asks the kernel who the other one is and talks to the same user or root only.
+One Unix socket for each served volume, named by the image's device and inode and by where in it the volume
+begins, mode 0600 in a directory of mode 0700.  Either side asks the kernel who the other one is and talks to
+the same user or root only.
 A request and an answer are one line of JSON each::
 
     {"verb": "create", "args": {"name": "before"}}
@@ -57,17 +58,22 @@ class ServerGone(ServerError):
 
 @dataclass(frozen=True)
 class ImageKey:
-    """What identifies an image, whatever path leads to it."""
+    """What identifies a volume, whatever path leads to its image: each partition has a server of its own."""
 
     device: int
     inode: int
+    offset: int = 0
 
     def __str__(self) -> str:
-        return f"{self.device:x}-{self.inode:x}"
+        return f"{self.device:x}-{self.inode:x}" + (f"-{self.offset:x}" if self.offset else "")
 
 
-def image_key(image: str) -> ImageKey:
-    """Return the key of an image path.
+def image_key(image: str, offset: int = 0) -> ImageKey:
+    """Return the key of a volume.
+
+    Args:
+        image: Path of the image.
+        offset: Where the volume begins in it, in bytes.
 
     Raises:
         ImageNotFound: There is no such file.
@@ -78,7 +84,26 @@ def image_key(image: str) -> ImageKey:
         raise ImageNotFound(f"{image}: no such file or device") from None
     except NotADirectoryError:
         raise ImageNotFound(f"{image}: not a directory on the way") from None
-    return ImageKey(found.st_dev, found.st_ino)
+    return ImageKey(found.st_dev, found.st_ino, offset)
+
+
+def key_of_directory(directory: str, image: str) -> ImageKey:
+    """Return the key of the volume that a server shows in a directory.
+
+    Args:
+        directory: Where it is served.
+        image: Path of its image.
+
+    Raises:
+        ImageNotFound: The image is gone.
+    """
+    whole = image_key(image)
+    for place in _candidates():
+        for path in place.glob(f"{whole}-*.json") if _is_ours(place) else ():
+            record = Record.load(path)
+            if record is not None and record.directory == directory:
+                return image_key(image, record.offset)
+    return whole
 
 
 def _candidates() -> list[Path]:
@@ -133,6 +158,7 @@ class Record:
     directory: str
     image: str
     private: bool
+    offset: int = 0
 
     def save(self, path: Path) -> None:
         """Write atomically."""

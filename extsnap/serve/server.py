@@ -62,6 +62,8 @@ class ServerConfig:
         auto_end: End with the last user instead of by ``detach``.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
         allow_other: Let other users in, as far as the files' modes do.
+        partition: Number of the partition; 0: the whole image.
+        offset: Where the volume begins in the image, in bytes.
     """
 
     image: str
@@ -72,6 +74,8 @@ class ServerConfig:
     auto_end: bool = False
     lazy: bool = False
     allow_other: bool = False
+    partition: int = 0
+    offset: int = 0
 
     def to_json(self) -> str:
         """For ``from_json``."""
@@ -117,7 +121,9 @@ class Server:
             ExtsnapError, OSError: Nothing stays behind.
         """
         try:
-            self._volume = load_factory(self.config.factory)(self.config.image, writable=self.config.writable)
+            self._volume = load_factory(self.config.factory)(
+                self.config.image, writable=self.config.writable, partition=self.config.partition
+            )
             self._fuse_fd = mounting.fuse_mount(
                 self.config.directory, self.config.image, allow_other=self.config.allow_other
             )
@@ -151,9 +157,9 @@ class Server:
         return self._greeting()
 
     def _register(self) -> None:
-        key = control.image_key(self.config.image)
-        self._socket_path = control.socket_path(key)
-        record = control.Record(os.getpid(), self.config.directory, self.config.image, self.config.private)
+        config = self.config
+        self._socket_path = control.socket_path(control.image_key(config.image, config.offset))
+        record = control.Record(os.getpid(), config.directory, config.image, config.private, config.offset)
         record.save(self._socket_path.with_suffix(".json"))
         self._listener = control.listen(self._socket_path)
         self._poll.register(self._listener, select.POLLIN)
@@ -181,6 +187,7 @@ class Server:
             "pid": os.getpid(),
             "directory": self.config.directory,
             "image": self.config.image,
+            "partition": self.config.partition or None,
             "auto_end": self.config.auto_end,
             "needs_replay": self._recovering,
             "opens": self._files.total_opens if self._files is not None else 0,
@@ -569,7 +576,7 @@ def spawn(config: ServerConfig) -> tuple[control.ControlClient, dict[str, Any]]:
         ExtsnapError, OSError: What the server could not start for.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    log = control.log_path(control.image_key(config.image))
+    log = control.log_path(control.image_key(config.image, config.offset))
     if not config.writable:
         log = log.with_suffix(f".{os.getpid()}.log")
     settings = {

@@ -31,6 +31,7 @@ from extsnap.errors import (
     ToolError,
     VolumeBusy,
 )
+from extsnap.ext.locate import Place, locate
 from extsnap.serve import control, mounting, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
@@ -101,25 +102,27 @@ class Session:
         return self._volume
 
 
-def open_session(image: str, *, writable: bool) -> Session:
+def open_session(image: str, *, writable: bool, partition: int | None = None) -> Session:
     """Open an image for commands.
 
     Args:
         image: Path of the image.
         writable: Whether a command may change it.  An image that carries the dirty mark is recovered first.
+        partition: Number of the partition; None and 0 as `locate` takes them.
 
     Raises:
         ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help.
     """
     factory = load_factory(FACTORY)
+    place = _place(image, partition)
     attempts = 4
     while True:
         attempts -= 1
-        served = control.connect(control.image_key(image))
+        served = control.connect(_key(place))
         if served is not None:
             return Session(image, client=served[0], volume=None)
         try:
-            volume = factory(image, writable=writable)
+            volume = factory(image, writable=writable, partition=place.partition)
         except VolumeBusy:
             # A server that is just starting or ending has the lock, but no socket.
             if not attempts:
@@ -130,36 +133,54 @@ def open_session(image: str, *, writable: bool) -> Session:
             return Session(image, client=None, volume=volume)
         volume.close()
         if not attempts:
-            raise _unrecoverable(image)
-        _recover(image)
+            raise _unrecoverable(place.name)
+        _recover(place)
+
+
+def _place(image: str, partition: int | None) -> Place:
+    """Find the volume, and say what is wrong with the partition table if it could be found all the same."""
+    place = locate(image, partition)
+    if place.warning:
+        tools.notice(f"{image}: {place.warning}")
+    return place
+
+
+def _key(place: Place) -> control.ImageKey:
+    return control.image_key(place.path, place.offset)
 
 
 # ---- starting and ending servers
 
 
-def _config(image: str, directory: str, **options: Any) -> ServerConfig:
-    return ServerConfig(image=os.path.realpath(image), directory=directory, factory=FACTORY, **options)
+def _config(place: Place, directory: str, **options: Any) -> ServerConfig:
+    return ServerConfig(
+        image=os.path.realpath(place.path),
+        directory=directory,
+        factory=FACTORY,
+        partition=place.partition,
+        offset=place.offset,
+        **options,
+    )
 
 
-def _refuse_served(image: str) -> None:
-    served = control.connect(control.image_key(image))
+def _refuse_served(place: Place) -> None:
+    served = control.connect(_key(place))
     if served is not None:
         client, hello = served
         client.close()
         raise VolumeBusy(
-            f"{image} is already served at {hello['directory']} (pid {hello['pid']})",
-            hint=f"use it there, or run extsnap detach {image}",
+            f"{place.name} is already served at {hello['directory']} (pid {hello['pid']})",
+            hint=f"use it there, or run extsnap detach {place.name}",
         )
 
 
 class _Private:
     """A server of our own in a private directory, and the keeper that holds it."""
 
-    def __init__(self, image: str, **options: Any) -> None:
-        self.image = image
+    def __init__(self, place: Place, **options: Any) -> None:
         self.directory = tempfile.mkdtemp(prefix="serve-", dir=control.runtime_directory())
         try:
-            self.keeper, self.hello = spawn(_config(image, self.directory, private=True, auto_end=True, **options))
+            self.keeper, self.hello = spawn(_config(place, self.directory, private=True, auto_end=True, **options))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.rmdir(self.directory)
@@ -216,14 +237,14 @@ def _wait_gone(pidfd: int | None, seconds: float | None) -> bool:
     return bool(poll.poll(None if seconds is None else int(seconds * 1000)))
 
 
-def _unrecoverable(image: str, detail: str = "") -> NeedsRecovery:
+def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
     return NeedsRecovery(
-        f"{image}: e2fsck -p could not recover the filesystem" + (f": {detail}" if detail else ""),
-        hint=f"run extsnap run {image} -- e2fsck -fy {{}}",
+        f"{name}: e2fsck -p could not recover the filesystem" + (f": {detail}" if detail else ""),
+        hint=f"run extsnap run {name} -- e2fsck -fy {{}}",
     )
 
 
-def _replay(image: str, keeper: ControlClient, directory: str) -> None:
+def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """Replay the journal of a marked volume through its server, and have the mark taken off.
 
     Raises:
@@ -231,17 +252,17 @@ def _replay(image: str, keeper: ControlClient, directory: str) -> None:
     """
     done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
     if not 0 <= done.returncode <= _FSCK_REPAIRED_MAX:
-        raise _unrecoverable(image, tools.last_line(done))
+        raise _unrecoverable(name, tools.last_line(done))
     if not keeper.call("server.recovered").get("clean"):
-        raise _unrecoverable(image)
+        raise _unrecoverable(name)
 
 
-def _recover(image: str) -> None:
-    """Make a marked image whole again, with a server of our own that serves nobody else."""
-    server = _Private(image, lazy=True)
+def _recover(place: Place) -> None:
+    """Make a marked volume whole again, with a server of our own that serves nobody else."""
+    server = _Private(place, lazy=True)
     try:
         if server.hello["needs_replay"]:
-            _replay(image, server.keeper, server.directory)
+            _replay(place.name, server.keeper, server.directory)
     except BaseException:
         server.abandon()
         raise
@@ -251,37 +272,41 @@ def _recover(image: str) -> None:
 # ---- attach and detach
 
 
-def attach(image: str, directory: str, *, foreground: bool = False) -> None:
+def attach(image: str, directory: str, *, foreground: bool = False, partition: int | None = None) -> None:
     """Serve ``DIR/volume`` and ``DIR/snapshots/NAME``; returns when they are there.
 
     Args:
         image: Path of the image.
         directory: An existing directory.
         foreground: Serve in this process until the end instead (replaying a journal first, if needed).
+        partition: Number of the partition; None and 0 as `locate` takes them.
 
     Raises:
         VolumeBusy: The image is served already.
         ServerError: FUSE cannot be used here, or the directory cannot.
         ExtsnapError, OSError: As opening a volume does.
     """
-    _refuse_served(image)
+    place = _place(image, partition)
+    _refuse_served(place)
     path = mounting.require_directory(directory)
     if foreground:
-        with open_session(image, writable=True) as session:  # replays
+        with open_session(image, writable=True, partition=place.partition) as session:  # replays
             if session.volume is None:
-                raise VolumeBusy(f"{image} is already served")
-        server = Server(_config(image, path))
+                raise VolumeBusy(f"{place.name} is already served")
+        server = Server(_config(place, path))
         server.start()
         server.serve()
         if not server.clean:
-            raise ServerError(f"{image} was not left clean", hint="the next extsnap command that writes recovers it")
+            raise ServerError(
+                f"{place.name} was not left clean", hint="the next extsnap command that writes recovers it"
+            )
         return
-    keeper, hello = spawn(_config(image, path))
+    keeper, hello = spawn(_config(place, path))
     with keeper:
         if hello["needs_replay"]:
             pidfd = _pidfd(hello["pid"])
             try:
-                _replay(image, keeper, path)
+                _replay(place.name, keeper, path)
             except BaseException:
                 keeper.close()  # before it has recovered: the server ends
                 _wait_gone(pidfd, _CLOSE_PATIENCE)
@@ -291,27 +316,31 @@ def attach(image: str, directory: str, *, foreground: bool = False) -> None:
                     os.close(pidfd)
 
 
-def _image_of(image_or_directory: str) -> str:
-    path = os.path.realpath(image_or_directory)
-    found = mounting.fuse_mount_at(path)
-    return found.source if found is not None else image_or_directory
+def _served_key(image_or_directory: str, partition: int | None) -> control.ImageKey:
+    """The key of a volume by its image, or by where it is served."""
+    found = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
+    if found is not None:
+        return control.key_of_directory(found.point, found.source)
+    if os.path.isdir(image_or_directory):  # nothing is served there
+        return control.image_key(image_or_directory)
+    return _key(_place(image_or_directory, partition))
 
 
-def detach(image_or_directory: str, *, force: bool = False) -> bool:
+def detach(image_or_directory: str, *, force: bool = False, partition: int | None = None) -> bool:
     """Stop serving; returns once everything is durable, with whether the volume was left clean.
 
     Args:
         image_or_directory: Either.
         force: Also if files are open: their users get errors.
+        partition: Number of the partition of an image; None and 0 as `locate` takes them.
 
     Raises:
         VolumeBusy: Somebody has a file open; names the mounts and processes.
         ServerError: Nothing is served there.
     """
-    image = _image_of(image_or_directory)
     dead = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
     try:
-        served = control.connect(control.image_key(image))
+        served = control.connect(_served_key(image_or_directory, partition))
     except FileNotFoundError:
         if dead is None:
             raise
@@ -350,7 +379,7 @@ def _is_dead(directory: str) -> bool:
 # ---- mount and umount
 
 
-def mount(image: str, directory: str, *, snapshot: str | None = None) -> None:
+def mount(image: str, directory: str, *, snapshot: str | None = None, partition: int | None = None) -> None:
     """Mount the base volume, or read-only a snapshot.  The server, if one had to be started, ends with it.
 
     Raises:
@@ -364,17 +393,18 @@ def mount(image: str, directory: str, *, snapshot: str | None = None) -> None:
     else:
         tools.find("fuse2fs")
     name = "volume" if snapshot is None else f"snapshots/{snapshot}"
-    served = control.connect(control.image_key(image))
+    place = _place(image, partition)
+    served = control.connect(_key(place))
     if served is not None:
         client, hello = served
         # Hold the connection: it is also the sign that the server was there before and stays.
         with client:
             _mount_from(hello["directory"], name, target, snapshot)
         return
-    server = _start_for(image, lazy=snapshot is not None)
+    server = _start_for(place, lazy=snapshot is not None)
     try:
         if server.hello["needs_replay"]:
-            _replay(image, server.keeper, server.directory)
+            _replay(place.name, server.keeper, server.directory)
         _mount_from(server.directory, name, target, snapshot)
     except BaseException:
         server.abandon()
@@ -382,14 +412,14 @@ def mount(image: str, directory: str, *, snapshot: str | None = None) -> None:
     server.let_go()
 
 
-def _start_for(image: str, *, lazy: bool) -> _Private:
+def _start_for(place: Place, *, lazy: bool) -> _Private:
     """A server for a mount; a snapshot of an image that we may not write is served all the same."""
     try:
-        return _Private(image, lazy=lazy)
+        return _Private(place, lazy=lazy)
     except OSError as error:
         if isinstance(error, ExtsnapError) or not lazy or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        return _Private(image, writable=False)
+        return _Private(place, writable=False)
 
 
 def _mount_from(served: str, name: str, target: str, snapshot: str | None) -> None:
@@ -426,9 +456,10 @@ def umount(directory: str) -> None:
     if fuse is None:
         raise ServerError(f"{directory} was not mounted by extsnap", hint=f"run umount {directory}")
     try:
-        served = control.connect(control.image_key(fuse.source))
+        key = control.key_of_directory(fuse.point, fuse.source)
+        served = control.connect(key)
     except FileNotFoundError:
-        served = None
+        key, served = None, None
     if served is None:
         # A read-only server has no socket, and a dead one nothing to wait for.
         dead = _is_dead(fuse.point)
@@ -452,13 +483,13 @@ def umount(directory: str) -> None:
                 result = client.call("server.settle", file=file, seconds=_CLOSE_PATIENCE)
             except control.ServerGone:
                 # It may have ended before it read the question: its log tells how.
-                result = {"ended": True, "clean": not _complaint(fuse.source)}
+                result = {"ended": True, "clean": not _complaint(key)}
         if not result.get("ended"):
             return
         _wait_gone(pidfd, _CLOSE_PATIENCE)
         if not result.get("clean", True):
             raise ServerError(
-                f"{fuse.source} was not left clean{_complaint(fuse.source)}",
+                f"{fuse.source} was not left clean{_complaint(key)}",
                 hint="the next extsnap command that writes recovers it",
             )
     finally:
@@ -466,10 +497,12 @@ def umount(directory: str) -> None:
             os.close(pidfd)
 
 
-def _complaint(image: str) -> str:
+def _complaint(key: control.ImageKey | None) -> str:
     """The last line of a server's log as the end of a sentence; empty if it logged nothing (it removes its log)."""
+    if key is None:
+        return ""
     try:
-        lines = control.log_path(control.image_key(image)).read_text(errors="replace").strip().splitlines()
+        lines = control.log_path(key).read_text(errors="replace").strip().splitlines()
     except (OSError, ExtsnapError):
         return ""
     return f": {lines[-1]}" if lines else ""
@@ -478,7 +511,14 @@ def _complaint(image: str) -> str:
 # ---- run
 
 
-def run(image: str, command: Sequence[str], *, atomic: bool = False, ok: Collection[int] = frozenset({0})) -> int:
+def run(
+    image: str,
+    command: Sequence[str],
+    *,
+    atomic: bool = False,
+    ok: Collection[int] = frozenset({0}),
+    partition: int | None = None,
+) -> int:
     """Serve the image while a command runs.
 
     Args:
@@ -486,6 +526,7 @@ def run(image: str, command: Sequence[str], *, atomic: bool = False, ok: Collect
         command: The command; ``{}`` in an argument becomes the path of the served volume.
         atomic: Take a snapshot first, restore it if the command fails, delete it in both cases.
         ok: The exit statuses that are no failure.
+        partition: Number of the partition; None and 0 as `locate` takes them.
 
     Returns:
         The command's exit status; 126 if it cannot be executed, 127 if it is not found, 128+N if signal N
@@ -496,16 +537,17 @@ def run(image: str, command: Sequence[str], *, atomic: bool = False, ok: Collect
     """
     if not command:
         raise ServerError("no command to run")
-    served = control.connect(control.image_key(image))
+    place = _place(image, partition)
+    served = control.connect(_key(place))
     if served is not None:
         client, hello = served
         with client:
             return _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
-    server = _Private(image)
+    server = _Private(place)
     try:
         if server.hello["needs_replay"]:
             try:
-                _replay(image, server.keeper, server.directory)
+                _replay(place.name, server.keeper, server.directory)
             except NeedsRecovery as error:
                 if atomic:
                     raise
@@ -516,7 +558,7 @@ def run(image: str, command: Sequence[str], *, atomic: bool = False, ok: Collect
         server.abandon()
         raise
     if not server.end():
-        tools.notice(f"{image} still needs recovery: the next extsnap command that writes tries again")
+        tools.notice(f"{place.name} still needs recovery: the next extsnap command that writes tries again")
     return status
 
 
@@ -588,13 +630,14 @@ def _signals_for_child() -> Iterator[list[subprocess.Popen[bytes]]]:
 # ---- check
 
 
-def check(image: str, names: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
+def check(image: str, names: Sequence[str] = (), quick: bool = False, partition: int | None = None) -> dict[str, Any]:
     """Check the store, the base volume and the views; changes nothing.
 
     Args:
         image: Path of the image.
         names: The snapshots to check, or all.
         quick: Without e2fsck on the views.
+        partition: Number of the partition; None and 0 as `locate` takes them.
 
     Returns:
         The object of ``check --json``.  ``e2fsck`` is None where it was not run: for views with ``quick``, and
@@ -604,8 +647,8 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False) -> dict[st
         SnapshotNotFound: A name that is none.
         NeedsRecovery: The image carries the dirty mark and nobody serves it.
     """
-    key = control.image_key(image)
-    served = control.connect(key)
+    place = _place(image, partition)
+    served = control.connect(_key(place))
     if served is not None:
         client, hello = served
         with client:
@@ -614,21 +657,20 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False) -> dict[st
             users = mounting.users_of(volume)
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
             return _report(report, base, None if quick else hello["directory"])
-    with load_factory(FACTORY)(image, writable=False) as at_rest:
+    with load_factory(FACTORY)(image, writable=False, partition=place.partition) as at_rest:
         about = at_rest.verb("info")
         if at_rest.needs_replay or about.get("marked"):
             raise NeedsRecovery(
-                f"{image} was not closed cleanly and must be recovered before it can be checked",
-                hint=f"any command that writes does it: extsnap run {image} -- true",
+                f"{place.name} was not closed cleanly and must be recovered before it can be checked",
+                hint=f"any command that writes does it: extsnap run {place.name} -- true",
             )
         report = _selected(at_rest.verb("check", names=list(names)), names)
-        offset = int(about.get("offset") or 0)
-    if (quick or not report["snapshots"]) and not offset:
+    if (quick or not report["snapshots"]) and not place.partition:
         return _report(report, _check_base(image), None)
-    server = _Private(image, writable=False)
+    server = _Private(place, writable=False)
     try:
         # A partition can only be seen as a volume through its server.
-        base = _check_base(server.file() if offset else image)
+        base = _check_base(server.file() if place.partition else image)
         done = _report(report, base, None if quick else server.directory)
     except BaseException:
         server.abandon()

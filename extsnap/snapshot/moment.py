@@ -11,19 +11,24 @@ from extsnap.errors import NeedsRecovery, VolumeDirty
 from extsnap.ext.filesystem import Filesystem
 
 
-def require_clean(fs: Filesystem, path: str) -> None:
+def require_clean(fs: Filesystem, name: str, device: str) -> None:
     """Refuse a filesystem whose bitmaps cannot be believed yet.
+
+    Args:
+        fs: The filesystem.
+        name: What a message calls it.
+        device: What e2fsck calls it.
 
     Raises:
         NeedsRecovery: The journal must be replayed.
         VolumeDirty: It was not cleanly unmounted, or is marked with errors.
     """
     if fs.needs_recovery:
-        raise NeedsRecovery(f"{path} needs journal recovery", hint=f"run e2fsck -p {path} first")
+        raise NeedsRecovery(f"{name} needs journal recovery", hint=f"run e2fsck -p {device} first")
     if fs.has_errors:
-        raise VolumeDirty(f"{path} is marked as having errors", hint=f"run e2fsck -f {path} first")
+        raise VolumeDirty(f"{name} is marked as having errors", hint=f"run e2fsck -f {device} first")
     if not fs.is_clean:
-        raise VolumeDirty(f"{path} was not cleanly unmounted", hint=f"run e2fsck -p {path} first")
+        raise VolumeDirty(f"{name} was not cleanly unmounted", hint=f"run e2fsck -p {device} first")
 
 
 def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> Bits:

@@ -108,7 +108,7 @@ def newest_safety(volume: Volume) -> fmt.Snapshot:
     """
     found = [entry for entry in volume.snapshot_list() if entry.kind == fmt.Kind.SAFETY]
     if not found:
-        raise SnapshotNotFound(f"{volume.path} has no safety snapshot to go back to", hint="see extsnap list")
+        raise SnapshotNotFound(f"{volume.name} has no safety snapshot to go back to", hint="see extsnap list")
     return found[-1]
 
 

@@ -73,9 +73,9 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
 def _warnings(volume: Volume) -> list[str]:
     if volume.outside_write:
         names = ", ".join(volume.snapshot_names())
-        return [f"{volume.path} was written outside extsnap; snapshots at risk: {names}"]
+        return [f"{volume.name} was written outside extsnap; snapshots at risk: {names}"]
     if volume.store is not None and volume.medium.state.mark and not volume.serving:
-        return [f"{volume.path} was not closed; the next command that writes, or extsnap run, completes it"]
+        return [f"{volume.name} was not closed; the next command that writes, or extsnap run, completes it"]
     return []
 
 
@@ -96,7 +96,7 @@ def create(
         free = max(0, fs.geometry.free_blocks - fs.geometry.reserved_blocks) // 2
         room = (volume.require_engine().room() + free) * volume.block_size
         notices.append(
-            f"plain mounts of {volume.path} are read-only from now on; write through extsnap mount, "
+            f"plain mounts of {volume.name} are read-only from now on; write through extsnap mount, "
             f"take a copy with extsnap export, or delete the last snapshot to lift this"
         )
         text = f"{room / 2**20:.0f} MiB can be overwritten before space for copies runs out"
@@ -205,7 +205,8 @@ def info(volume: Volume) -> dict[str, Any]:
         "free_inodes": geometry.free_inodes,
         "groups": geometry.groups,
         "features": fs.features,
-        "offset": 0,
+        "offset": volume.offset,
+        "partition": volume.partition or None,
         "guard": volume.medium.state.guard,
         "marked": volume.medium.state.mark and not volume.serving,
         "snapshots": len(volume.snapshot_list()),

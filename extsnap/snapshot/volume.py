@@ -44,6 +44,7 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.filesystem import Filesystem
+from extsnap.ext.locate import Place, locate
 from extsnap.ext.magic import recognise
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
@@ -118,6 +119,9 @@ class Volume:
 
     Attributes:
         path: Absolute path of the image.
+        name: The same with the partition, as the command line takes both; for messages.
+        offset: Where the volume begins in the image, in bytes.
+        partition: Number of the partition; 0: the whole image.
         device_id: (st_dev, st_ino) of the image.
         size: Bytes of the volume.
         writable: Whether this process may change it.
@@ -129,12 +133,17 @@ class Volume:
         device: Device,
         *,
         path: str = "image",
+        place: Place | None = None,
         device_id: tuple[int, int] = (0, 0),
         writable: bool = False,
         clock: Callable[[], int] = time.time_ns,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        place = place or Place(path)
         self.path = path
+        self.name = replace(place, path=path).name
+        self.offset = place.offset
+        self.partition = place.partition
         self.device_id = device_id
         self.writable = writable
         self.random_bytes = random_bytes
@@ -160,26 +169,43 @@ class Volume:
         path: str | os.PathLike[str],
         *,
         writable: bool = False,
+        partition: int | None = None,
         clock: Callable[[], int] = time.time_ns,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> Volume:
-        """Open an image file.
+        """Open an image file, or a partition in one.
 
-        With ``writable`` the image is locked, must not be in use, and what an earlier command left half done
-        is finished first.
+        With ``writable`` the volume is locked, must not be in use, and what an earlier command left half done
+        is finished first.  Other partitions of the image can be used at the same time.
+
+        Args:
+            path: An image file or block device.
+            writable: Whether it may be changed.
+            partition: Number of the partition; None and 0 as `extsnap.ext.locate.locate` takes them.
+            clock: Nanoseconds since 1970.
+            random_bytes: Where identifiers come from.
 
         Raises:
             ImageNotFound, NotExtError, FormatError: There is no ext volume.
+            ExtsnapError: Several partitions may be meant, or the one that is meant cannot be used.
             VolumeBusy: Somebody else has it.
             StoreDamaged, OutsideWrite: The snapshots cannot be trusted.
         """
-        image = ImageFile(os.fspath(path), writable=writable, lock="exclusive" if writable else "shared")
+        place = locate(os.fspath(path), partition)
+        image = ImageFile(
+            place.path,
+            writable=writable,
+            lock="exclusive" if writable else "shared",
+            start=place.offset,
+            length=place.length,
+        )
         try:
             if writable:
                 require_free(image)
             return cls(
                 image,
                 path=image.path,
+                place=place,
                 device_id=image.device_id,
                 writable=writable,
                 clock=clock,
@@ -188,6 +214,11 @@ class Volume:
         except BaseException:
             image.close()
             raise
+
+    @property
+    def _for_e2fsprogs(self) -> str:
+        """The volume as the programs of e2fsprogs take it."""
+        return f"{self.path}?offset={self.offset}" if self.offset else self.path
 
     # -- opening ----------------------------------------------------------------------------------------
 
@@ -199,13 +230,13 @@ class Volume:
         if not self.medium.offsets:
             found, hint = recognise(self._device)
             what = f"{found}, not ext2, ext3 or ext4" if found else "no ext2, ext3 or ext4 filesystem"
-            raise NotExtError(f"{self.path} holds {what}", hint=hint or "check the path")
+            raise NotExtError(f"{self.name} holds {what}", hint=hint or "check the path")
         fs = Filesystem.open(self.medium)
         if self.writable and not self.medium.state.mark:  # the mark keeps all others away: then it was us
             user = fs.mmp_user()
             if user:
-                hint = f"unmount it there; if nobody has it, run tune2fs -f -E clear_mmp {self.path}"
-                raise VolumeBusy(f"{self.path} is in use by {user}, as its MMP block says", hint=hint)
+                hint = f"unmount it there; if nobody has it, run tune2fs -f -E clear_mmp {self._for_e2fsprogs}"
+                raise VolumeBusy(f"{self.name} is in use by {user}, as its MMP block says", hint=hint)
         self.block_size = fs.geometry.block_size
         slots = fmt.parse_pointer(self.medium.state.pointer) if self.medium.state.pointer else None
         if slots is None:
@@ -213,7 +244,7 @@ class Volume:
         if slots is None:
             if self.medium.state.mark:
                 raise StoreDamaged(
-                    f"{self.path} carries the dirty mark but no store can be found", hint="run e2fsck on a copy of it"
+                    f"{self.name} carries the dirty mark but no store can be found", hint="run e2fsck on a copy of it"
                 )
             # A plain volume: its superblocks pass as they are, a read-only feature of the user's own included.
             self.medium.offsets = []
@@ -316,13 +347,13 @@ class Volume:
         if self.outside_write:
             names = ", ".join(ascii(snapshot.name) for snapshot in self.snapshot_list())
             raise OutsideWrite(
-                f"{self.path} was written outside extsnap; snapshots at risk: {names}",
-                hint=f"extsnap accept {self.path} goes on with them marked tainted",
+                f"{self.name} was written outside extsnap; snapshots at risk: {names}",
+                hint=f"extsnap accept {self.name} goes on with them marked tainted",
             )
         if self.needs_replay:
             raise NeedsRecovery(
-                f"{self.path} was not closed and needs journal recovery",
-                hint=f"run extsnap run {self.path} -- e2fsck -fy {{}}",
+                f"{self.name} was not closed and needs journal recovery",
+                hint=f"run extsnap run {self.name} -- e2fsck -fy {{}}",
             )
 
     # -- pieces -----------------------------------------------------------------------------------------
@@ -330,13 +361,13 @@ class Volume:
     def require_store(self) -> Store:
         """The store; it must exist."""
         if self.store is None:
-            raise ExtsnapError(f"{self.path} has no store", hint="take a snapshot first")
+            raise ExtsnapError(f"{self.name} has no store", hint="take a snapshot first")
         return self.store
 
     def require_engine(self) -> Engine:
         """The engine; the store must exist."""
         if self.engine is None:
-            raise ExtsnapError(f"{self.path} has no store", hint="take a snapshot first")
+            raise ExtsnapError(f"{self.name} has no store", hint="take a snapshot first")
         return self.engine
 
     @property
@@ -347,7 +378,7 @@ class Volume:
             OSError: After an error the state could not be read again: writing on could damage snapshots.
         """
         if self._lost:
-            raise OSError(errno.EIO, f"{self.path}: its snapshots could not be read again after an error")
+            raise OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
         return self.engine if self.engine is not None else self.medium
 
     def filesystem(self) -> Filesystem:
@@ -458,7 +489,7 @@ class Volume:
                 return entry
         known = ", ".join(ascii(entry.name) for entry in entries[:5]) + (", ..." if len(entries) > 5 else "")
         raise SnapshotNotFound(
-            f"{self.path} has no snapshot {name!a}",
+            f"{self.name} has no snapshot {name!a}",
             hint=f"it has: {known}" if entries else "it has none; take one with extsnap create",
         )
 
@@ -490,12 +521,12 @@ class Volume:
         created = self.now_ns()
         chosen = self._free_name(created) if name is None else validate_name(name)
         if chosen in self.snapshot_names():
-            raise SnapshotExists(f"{self.path} has a snapshot {chosen!a} already", hint="choose another name")
+            raise SnapshotExists(f"{self.name} has a snapshot {chosen!a} already", hint="choose another name")
         if self.engine is not None:
             self.engine.flush()
         fs = self.filesystem()
         fs.require_supported()
-        require_clean(fs, self.path)
+        require_clean(fs, self.name, self._for_e2fsprogs)
         try:
             if self.store is None:
                 edit.set_up(self)
@@ -677,7 +708,7 @@ class Volume:
             return []
         engine, store = self.require_engine(), self.require_store()
         fs = self.filesystem()
-        require_clean(fs, self.path)
+        require_clean(fs, self.name, self._for_e2fsprogs)
         self._verify_inode(fs)
         tainted = [replace(entry, state=fmt.State.TAINTED) for entry in engine.snapshots]
         self._write_tables(tainted)
@@ -725,7 +756,7 @@ class Volume:
         if grow and not self.needs_replay:
             fs = self.filesystem()
             fs.require_supported()
-            require_clean(fs, self.path)
+            require_clean(fs, self.name, self._for_e2fsprogs)
             if self.store is None and set_up:
                 edit.set_up(self)
             if self.store is not None:

@@ -69,6 +69,12 @@ class FakeSession:
     answers: dict[str, Any] = field(default_factory=dict)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     opened: list[tuple[str, bool]] = field(default_factory=list)
+    partitions: list[int | None] = field(default_factory=list)
+
+    def at(self, partition: int | None) -> FakeSession:
+        """Remember which partition was meant."""
+        self.partitions.append(partition)
+        return self
 
     def answer(self, verb: str, **arguments: Any) -> Any:
         self.calls.append((verb, arguments))
@@ -95,8 +101,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     """Replace the session by a fake one."""
     fake = FakeSession()
 
-    def open_session(image: str, *, writable: bool) -> FakeSession:
-        fake.opened.append((image, writable))
+    def open_session(image: str, *, writable: bool, partition: int | None = None) -> FakeSession:
+        fake.at(partition).opened.append((image, writable))
         answer = fake.answers.get("open")
         if isinstance(answer, BaseException):
             raise answer
@@ -104,22 +110,28 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
 
     monkeypatch.setattr(session, "open_session", open_session)
     monkeypatch.setattr(
-        session, "check", lambda image, names, quick: fake.answer("check", image=image, names=names, quick=quick)
+        session,
+        "check",
+        lambda image, names, quick, *, partition=None: fake.at(partition).answer(
+            "check", image=image, names=names, quick=quick
+        ),
     )
     monkeypatch.setattr(
         session,
         "attach",
-        lambda image, directory, *, foreground=False: fake.answer(
+        lambda image, directory, *, foreground=False, partition=None: fake.at(partition).answer(
             "attach", image=image, directory=directory, foreground=foreground
         ),
     )
     monkeypatch.setattr(
-        session, "detach", lambda target, *, force=False: fake.answer("detach", target=target, force=force)
+        session,
+        "detach",
+        lambda target, *, force=False, partition=None: fake.at(partition).answer("detach", target=target, force=force),
     )
     monkeypatch.setattr(
         session,
         "mount",
-        lambda image, directory, *, snapshot=None: fake.answer(
+        lambda image, directory, *, snapshot=None, partition=None: fake.at(partition).answer(
             "mount", image=image, directory=directory, snapshot=snapshot
         ),
     )
@@ -127,7 +139,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     monkeypatch.setattr(
         session,
         "run",
-        lambda image, command, *, atomic=False, ok=frozenset({0}): fake.answer(
+        lambda image, command, *, atomic=False, ok=frozenset({0}), partition=None: fake.at(partition).answer(
             "run", image=image, command=command, atomic=atomic, ok=ok
         ),
     )
@@ -207,5 +219,5 @@ class Fake:
         return {{"version": 1, "name": name, "out": out, "bytes": {size}}}
     def __enter__(self): return self
     def __exit__(self, *exception): pass
-session.open_session = lambda image, *, writable: Fake()
+session.open_session = lambda image, *, writable, partition=None: Fake()
 """

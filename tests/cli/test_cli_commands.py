@@ -164,7 +164,9 @@ def test_a_missing_argument_is_usage(command: str, extsnap: Call, answering: Fak
         ["set", "IMAGE", "on-full=refuse"],
         ["guard", "IMAGE", "on"],
         ["mount", "IMAGE", "DIR", "--scratch"],
-        ["list", "-P", "1", "IMAGE"],
+        ["list", "-P", "x", "IMAGE"],
+        ["list", "-P", "-1", "IMAGE"],
+        ["umount", "-P", "1", "DIR"],
     ],
     ids=" ".join,
 )
@@ -231,6 +233,21 @@ def test_what_is_asked_for(
     writing = {"create", "delete", "restore", "strip", "accept"}
     reading = {"list", "show", "export", "info", "dump"}
     assert answering.opened == ([("I", verb in writing)] if verb in writing | reading else [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "create I", "list I", "show I n", "delete I a", "restore I n", "export I n /x/out", "strip I", "accept I",
+        "check I", "info I", "dump I header", "attach I D", "detach I", "mount I D", "run I -- a",
+    ],
+)  # fmt: skip
+def test_every_command_takes_the_number_of_a_partition(arguments: str, extsnap: Call, answering: FakeSession) -> None:
+    verb, *rest = arguments.split()
+    for option in (["-P", "3"], ["--partition", "3"], ["--partition=0"], []):
+        done = extsnap(verb, *option, *rest)
+        assert (done.status, done.err) == (0, "")
+    assert answering.partitions == [3, 3, 0, None]
 
 
 def test_run_passes_everything_after_the_dashes_verbatim(extsnap: Call, answering: FakeSession) -> None:
@@ -466,7 +483,7 @@ class Fake:
         return {"version": 1, "snapshots": [SNAPSHOT]}
     def __enter__(self): return self
     def __exit__(self, *exception): pass
-session.open_session = lambda image, *, writable: Fake()
+session.open_session = lambda image, *, writable, partition=None: Fake()
 SNAPSHOT = %r
 """
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import disks
 import pytest
 
 from .conftest import Call, Outcome, process
@@ -92,6 +93,32 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def partitions(path: Path, *volumes: int) -> None:
+    """A GPT disk with three partitions, some of which hold an ext volume."""
+    places = [(1, MIB, 4 * MIB), (2, 6 * MIB, 4 * MIB), (3, 11 * MIB, 4 * MIB)]
+    disks.make(path, 16 * MIB, disks.gpt(16 * MIB, places))
+    for number, offset, length in places:
+        if number in volumes:
+            disks.mkfs(path, offset, length)
+
+
+def several_partitions(path: Path) -> None:
+    partitions(path, 1, 3)
+
+
+def no_ext_partition(path: Path) -> None:
+    partitions(path)
+
+
+def damaged_gpt(path: Path) -> None:
+    """Both headers."""
+    partitions(path, 2)
+    with path.open("r+b") as file:
+        for offset in (512 + 40, 16 * MIB - 512 + 40):
+            file.seek(offset)
+            file.write(b"\xff")
+
+
 # What the line must say; one of each.
 NO_FILESYSTEM = ["no ext2, ext3 or ext4"]
 REASONS: dict[str, list[str]] = {
@@ -104,10 +131,14 @@ REASONS: dict[str, list[str]] = {
     "zeros": NO_FILESYSTEM,
     "text": NO_FILESYSTEM,
     "xfs": ["holds an xfs filesystem, not ext2, ext3 or ext4"],
+    "several_partitions": ["has 2 ext partitions: 1 (ext, 4 mib, 'part 1'), 3 (ext, 4 mib, 'part 3')"],
+    "no_ext_partition": ["none of them ext2, ext3 or ext4; there are 1 (unknown content, 4 mib, 'part 1'), 2 ("],
+    "damaged_gpt": ["header_crc32 at byte 512: does not match"],
     "fifo": ["neither a file nor a block device", "not a regular file"],
 }
 
 BAD = [missing, directory, empty, tiny, truncated, random_bytes, zeros, text, xfs, fifo]
+BAD += [several_partitions, no_ext_partition, damaged_gpt]
 
 
 def state_of(path: Path) -> str:
@@ -151,6 +182,26 @@ def test_a_wrong_image_is_refused(
     assert not os.path.ismount(tmp_path / "dir")
     if command != "detach":
         assert any(reason in done.err.lower() for reason in REASONS[kind]), done.err
+
+
+@pytest.mark.parametrize("command", ON_IMAGE)
+def test_a_wrong_number_is_refused(command: str, bad_images: dict[str, Path], extsnap: Call, tmp_path: Path) -> None:
+    for kind, number, reason in (
+        ("several_partitions", "4", "has no partition 4; there are 1 (ext"),
+        ("several_partitions", "2", "-P 2 holds no ext2"),
+        ("truncated", "1", "has no partitions; leave -P out"),
+        ("zeros", "1", "has no partitions"),
+    ):
+        if (command, number) == ("detach", "2"):
+            continue  # it asks only whether it is served
+        image = bad_images[kind]
+        before = state_of(image)
+        done = extsnap(command, "--partition", number, *filled(command, image, tmp_path))
+        assert done.status == (125 if command == "run" else 1)
+        assert (done.out, len(done.error_lines)) == ("", 1), done.err
+        assert str(image) in done.err
+        assert reason in done.err
+        assert state_of(image) == before
 
 
 def filled(command: str, image: Path, directory: Path) -> list[str]:

@@ -60,7 +60,7 @@ class FakeVolume:
             self._state = json.loads(self._state_path.read_text())
 
     @classmethod
-    def open(cls, path: str, *, writable: bool, clock: object = None) -> FakeVolume:
+    def open(cls, path: str, *, writable: bool, partition: int | None = None, clock: object = None) -> FakeVolume:
         return cls(path, writable)
 
     def __enter__(self) -> FakeVolume:

@@ -125,16 +125,16 @@ def test_no_permission_is_said_so(path, monkeypatch):
 def test_locks_go_by_inode_and_name_the_process(path, tmp_path):
     os.link(path, tmp_path / "other-name")
     (tmp_path / "link").symlink_to(path)
-    with ImageFile(str(path), lock="exclusive"):
+    with ImageFile(str(path), writable=True, lock="exclusive"):
         for other in ("other-name", "link"):
             for lock in ("shared", "exclusive"):
                 with pytest.raises(VolumeBusy, match=f"process {os.getpid()}") as caught:
-                    ImageFile(str(tmp_path / other), lock=lock)
+                    ImageFile(str(tmp_path / other), writable=True, lock=lock)
                 assert caught.value.errno == errno.EBUSY
         ImageFile(str(path)).close()
     with ImageFile(str(path), lock="shared"), ImageFile(str(path), lock="shared"), pytest.raises(VolumeBusy):
-        ImageFile(str(path), lock="exclusive")
-    ImageFile(str(path), lock="exclusive").close()
+        ImageFile(str(path), writable=True, lock="exclusive")
+    ImageFile(str(path), writable=True, lock="exclusive").close()
 
 
 def test_the_lock_of_another_process(path):
@@ -144,15 +144,15 @@ def test_the_lock_of_another_process(path):
         with pytest.raises(VolumeBusy, match=f"process {other.pid}"):
             ImageFile(str(path), lock="shared")
         other.communicate(b"\n")
-    ImageFile(str(path), lock="exclusive").close()
+    ImageFile(str(path), writable=True, lock="exclusive").close()
 
 
 def test_no_descriptor_stays_open_after_a_refusal(path):
-    with ImageFile(str(path), lock="exclusive"):
+    with ImageFile(str(path), writable=True, lock="exclusive"):
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
             with pytest.raises(VolumeBusy):
-                ImageFile(str(path), lock="exclusive")
+                ImageFile(str(path), writable=True, lock="exclusive")
         assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -315,7 +315,7 @@ def test_nothing_at_or_below_a_fuse_mount_is_touched(tmp_path, monkeypatch):
 
 def test_a_lock_is_a_flock(path):
     """Other tools see it: `flock -n` from util-linux refuses."""
-    with ImageFile(str(path), lock="exclusive"):
+    with ImageFile(str(path), writable=True, lock="exclusive"):
         assert subprocess.run(["flock", "-n", str(path), "true"], check=False).returncode == 1
         with open(path) as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)

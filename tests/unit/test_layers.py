@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
     "ondisk": set(),
-    "blockdev": set(),
+    "blockdev": {"ondisk"},
     "ext": {"ondisk", "blockdev"},
     "snapshot": {"ondisk", "blockdev", "ext"},
     "serve": {"ondisk", "blockdev", "ext", "snapshot"},
