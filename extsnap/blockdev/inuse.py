@@ -171,17 +171,27 @@ def _devices_of(name: str, start: int, end: int) -> list[tuple[int, int]]:
     return numbers
 
 
-def holders(device_id: tuple[int, int], start: int = 0, end: int = sys.maxsize) -> list[Holder]:
+def holders(
+    device_id: tuple[int, int], start: int = 0, end: int = sys.maxsize, *, serving: bool = False
+) -> list[Holder]:
     """Everything on top of the bytes from ``start`` to ``end`` of the file with this (st_dev, st_ino).
 
     FUSE mounts count whose source is the file (fuse2fs), whatever part of it they read; but not those of extsnap,
     which holds a lock as well.
+
+    Args:
+        device_id: The file.
+        start: First byte.
+        end: Behind the last byte.
+        serving: Whether the asker serves files that a loop device may stand on: the kernel asks the server for their
+            attributes before it tells a loop device's file, so loop devices are then told by their file's name.
     """
+    backing = _backing_by_path if serving else _backing
     found = []
     mounts: dict[tuple[int, int], list[str]] | None = None
     for name in loop_devices():
         low, high = _loop_range(name)
-        if low >= end or start >= high or _backing(name) != device_id:
+        if low >= end or start >= high or backing(name) != device_id:
             continue
         mounts = mounts if mounts is not None else mounts_by_device()
         points = [point for device in _devices_of(name, start, end) for point in mounts.get(device, ())]
@@ -196,13 +206,18 @@ def holders(device_id: tuple[int, int], start: int = 0, end: int = sys.maxsize) 
     return found
 
 
-def require_free(image: ImageFile) -> None:
+def require_free(image: ImageFile, *, serving: bool = False) -> None:
     """Refuse an image that is in use.
+
+    Args:
+        image: The file, or range of it.
+        serving: As `holders` takes it.
 
     Raises:
         VolumeBusy: Names the loop devices and mounts, and what to do.
     """
-    found = holders(image.device_id, image.start, image.start + image.size if image.is_range else sys.maxsize)
+    end = image.start + image.size if image.is_range else sys.maxsize
+    found = holders(image.device_id, image.start, end, serving=serving)
     if not found:
         return
     parts, steps = [], []

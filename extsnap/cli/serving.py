@@ -34,7 +34,7 @@ def attach(
 ) -> None:
     """Serve the volume and its snapshots as plain files.
 
-    They are DIR/volume and DIR/snapshots/NAME.
+    They are DIR/volume and DIR/snapshots/NAME, and for a partition DIR/disk: the whole disk around it.
     """
     with about(image):
         from extsnap.serve import session
@@ -119,7 +119,9 @@ def run(
     command: Annotated[
         list[str],
         typer.Argument(
-            metavar="-- CMD...", help="A command; {} becomes the path of the served volume.", show_default=False
+            metavar="-- CMD...",
+            help="A command; {} becomes the path of the served volume, {disk} that of the disk around a partition.",
+            show_default=False,
         ),
     ],
     atomic: Annotated[bool, typer.Option("--atomic", help="Take a snapshot first; if CMD fails, restore it.")] = False,

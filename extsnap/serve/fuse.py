@@ -3,6 +3,7 @@
 The served directory is small and fixed::
 
     volume            the base volume, read and written
+    disk              the disk that it is a partition of, if it is one, read and written
     snapshots/NAME    a view of each snapshot, read-only
 
 One request is one ``readv``, one positioned read or write of the volume, and one ``writev``; the
@@ -17,6 +18,9 @@ pages from before a restore (which is refused while ``volume`` is open) are drop
 With ``writeback_cache`` writes stay in the kernel's page cache until fsync, close or memory pressure,
 as with any file; a write that has no room then fails at fsync or close.  Without it, and with O_DIRECT
 (our own loop devices), they reach us at once.
+
+``volume`` and ``disk`` are the same bytes under two names, which the kernel caches apart: while one is open, the
+other cannot be opened (EBUSY).
 
 *Turns.*  ``serve_one`` handles one request and returns: the caller decides what happens between two
 requests, and nothing here starts a thread or touches the mount from above.
@@ -36,6 +40,7 @@ from dataclasses import dataclass
 
 from extsnap.errors import ExtsnapError
 from extsnap.serve.contract import ServedView, ServedVolume
+from extsnap.serve.disk import Disk
 
 # Opcodes (enum fuse_opcode).
 LOOKUP, FORGET, GETATTR, SETATTR = 1, 2, 3, 4
@@ -76,7 +81,7 @@ KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
 _KEPT = 1 << 30  # seconds
 
-ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 16
+ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, DISK_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 4, 16
 
 # The requests that would change the tree: it is ours alone.
 _TREE_CHANGES = frozenset((SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2, TMPFILE))
@@ -110,7 +115,7 @@ class FuseFiles:
     """One connection: the tree above, answered from a volume.
 
     Attributes:
-        volume_opens: How often ``volume`` is open now.
+        volume_opens: How often ``volume`` or ``disk`` is open now.
         volume_write_opens: How often of these for writing.
         last_pid: The process behind the last request that had one.
         failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
@@ -122,6 +127,7 @@ class FuseFiles:
         fd: int,
         volume: ServedVolume,
         *,
+        disk: Disk | None = None,
         writable: bool = True,
         max_write: int = DEFAULT_MAX_WRITE,
         writeback_cache: bool = False,
@@ -133,14 +139,20 @@ class FuseFiles:
         Args:
             fd: The connection; stays the caller's.
             volume: What is served.
+            disk: What is served as ``disk``; stays the caller's.
             writable: Whether ``volume`` may be opened for writing.
             max_write: Largest write and read of one request, a multiple of the page size.
             writeback_cache: Let the kernel delay writes; whoever needs them must fsync ``volume``.
-            before_write: Called before ``volume`` is opened for writing; may raise.
+            before_write: Called before ``volume`` or ``disk`` is opened for writing; may raise.
             log: Takes one line about a request that failed.
         """
         self._fd = fd
         self._volume = volume
+        self._disk = disk
+        self._bases: dict[int, ServedVolume | Disk] = {VOLUME_NODE: volume}
+        if disk is not None:
+            self._bases[DISK_NODE] = disk
+        self._base = VOLUME_NODE  # which of them is open, if one is
         self._writable = writable
         self._max_write = max_write
         self._writeback_cache = writeback_cache
@@ -199,14 +211,19 @@ class FuseFiles:
         """How many files of the tree are open."""
         return self.volume_opens + sum(node.opens for node in self._nodes.values())
 
+    @property
+    def base_name(self) -> str:
+        """Which of ``volume`` and ``disk`` is open, if one is."""
+        return "disk" if self._base == DISK_NODE else "volume"
+
     def open_views(self) -> list[str]:
         """Names of the snapshots whose file is open."""
         return sorted(node.name for node in self._nodes.values() if node.opens)
 
     def opens_of(self, file: str) -> int:
         """How often ``volume`` or ``snapshots/NAME`` is open."""
-        if file == "volume":
-            return self.volume_opens
+        if file in ("volume", "disk"):
+            return self.volume_opens if file == self.base_name else 0
         return sum(node.opens for node in self._nodes.values() if f"snapshots/{node.name}" == file)
 
     def snapshots_changed(self) -> None:
@@ -318,18 +335,19 @@ class FuseFiles:
         _, offset, size, _, _, _, _ = IO_IN.unpack_from(self._head, IN_HEADER.size)
         if size != length - len(self._head):
             raise _Refused(errno.EINVAL)
-        if node != VOLUME_NODE:
+        base = self._bases.get(node)
+        if base is None:
             raise _Refused(errno.EBADF)
         if not self._writable:
             raise _Refused(errno.EROFS)
-        room = self._volume.size - offset
+        room = base.size - offset
         if size > room:
             if room <= 0:
                 raise _Refused(errno.EFBIG)
             size = room
         self._dirty = self._touched = True
         try:
-            self._volume.write(offset, self._data[:size])
+            base.write(offset, self._data[:size])
         except Exception as error:
             if offset in self._heads or (size % mmap.PAGESIZE and offset in self._ends):
                 self._unreported = error
@@ -346,10 +364,8 @@ class FuseFiles:
         if length < len(self._head):
             raise _Refused(errno.EINVAL)
         _, offset, size, _, _, _, _ = IO_IN.unpack_from(self._head, IN_HEADER.size)
-        source: ServedVolume | ServedView
-        if node == VOLUME_NODE:
-            source = self._volume
-        else:
+        source: ServedVolume | ServedView | Disk | None = self._bases.get(node)
+        if source is None:
             found = self._nodes.get(node)
             if found is None or found.view is None:
                 raise _Refused(errno.EBADF)
@@ -397,11 +413,11 @@ class FuseFiles:
         changed = self._started
         if node in (ROOT_NODE, SNAPSHOTS_NODE):
             mode, links, size = stat.S_IFDIR | 0o500, 3 if node == ROOT_NODE else 2, 0
-        elif node == VOLUME_NODE:
+        elif node in self._bases:
             if self._touched:
                 self._changed, self._touched = int(time.time()), False
             changed = self._changed
-            mode, links, size = stat.S_IFREG | (0o600 if self._writable else 0o400), 1, self._volume.size
+            mode, links, size = stat.S_IFREG | (0o600 if self._writable else 0o400), 1, self._bases[node].size
         else:
             known = self._nodes.get(node)
             if known is None:
@@ -412,7 +428,7 @@ class FuseFiles:
 
     def _valid(self, node: int) -> int:
         """Seconds for which the kernel may keep the attributes of a node."""
-        return _KEPT if node == VOLUME_NODE and self._writeback_cache else 0
+        return _KEPT if node in self._bases and self._writeback_cache else 0
 
     def _snapshot(self, name: str) -> _Node:
         if name not in self._volume.snapshot_names():
@@ -433,7 +449,9 @@ class FuseFiles:
         raw = body.split(b"\0", 1)[0]
         number = 0
         if parent == ROOT_NODE:
-            number = {b"volume": VOLUME_NODE, b"snapshots": SNAPSHOTS_NODE}.get(raw, 0)
+            number = {b"volume": VOLUME_NODE, b"snapshots": SNAPSHOTS_NODE, b"disk": DISK_NODE}.get(raw, 0)
+            if number == DISK_NODE and self._disk is None:
+                number = 0
         elif parent == SNAPSHOTS_NODE:
             try:
                 node = self._snapshot(raw.decode("utf-8"))
@@ -474,11 +492,12 @@ class FuseFiles:
     def _setattr(self, node: int, body: bytes) -> bytes:
         fields = SETATTR_IN.unpack_from(body)
         valid, size = fields[0], fields[3]
-        if node != VOLUME_NODE or not self._writable:
+        base = self._bases.get(node)
+        if base is None or not self._writable:
             raise _Refused(errno.EROFS)
-        if valid & FATTR_SIZE and size != self._volume.size:
+        if valid & FATTR_SIZE and size != base.size:
             # The size is the filesystem's business: making the file shorter would cut the volume.
-            raise _Refused(errno.EPERM if size < self._volume.size else errno.EOPNOTSUPP)
+            raise _Refused(errno.EPERM if size < base.size else errno.EOPNOTSUPP)
         if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             raise _Refused(errno.EPERM)
         return self._getattr(node, body)
@@ -486,13 +505,23 @@ class FuseFiles:
     def _open(self, node: int, body: bytes) -> bytes:
         flags, _ = OPEN_IN.unpack_from(body)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if node == VOLUME_NODE:
+        if node in self._bases:
+            if self.volume_opens and node != self._base:
+                raise _Refused(errno.EBUSY)
             if writing:
                 if not self._writable:
                     raise _Refused(errno.EROFS)
-                if self._before_write is not None:
-                    self._before_write()
+                if node == DISK_NODE and self._disk is not None:
+                    self._disk.begin_writing()
+                try:
+                    if self._before_write is not None:
+                        self._before_write()
+                except BaseException:
+                    if node == DISK_NODE and self._disk is not None:
+                        self._disk.end_writing()
+                    raise
                 self.volume_write_opens += 1
+            self._base = node
             self.volume_opens += 1
             return OPEN_OUT.pack(0, 0, 0)
         if node in (ROOT_NODE, SNAPSHOTS_NODE):
@@ -509,23 +538,26 @@ class FuseFiles:
 
     def _release(self, node: int, body: bytes) -> None:
         _, flags, _, _ = RELEASE_IN.unpack_from(body)
-        self._let_go(node, flags & os.O_ACCMODE != os.O_RDONLY)
-        if node == VOLUME_NODE and self._dirty:
-            try:
+        try:
+            if node in self._bases and self._dirty:
                 self._settle()
-            except Exception as error:  # nobody waits for the answer of a release
-                self.failure = self.failure or error
-                raise
+        except Exception as error:  # nobody waits for the answer of a release
+            self.failure = self.failure or error
+            raise
+        finally:
+            self._let_go(node, flags & os.O_ACCMODE != os.O_RDONLY)
 
     def _unopen(self, node: int, body: bytes) -> None:
         """An open whose answer found nobody: no release will come."""
         self._let_go(node, OPEN_IN.unpack_from(body)[0] & os.O_ACCMODE != os.O_RDONLY)
 
     def _let_go(self, node: int, writing: bool) -> None:
-        if node == VOLUME_NODE:
+        if node in self._bases:
             self.volume_opens = max(0, self.volume_opens - 1)
             if writing:
                 self.volume_write_opens = max(0, self.volume_write_opens - 1)
+                if node == DISK_NODE and self._disk is not None:
+                    self._disk.end_writing()
             return
         known = self._nodes.get(node)
         if known is None or not known.opens:
@@ -540,18 +572,18 @@ class FuseFiles:
     def _settle(self) -> None:
         self._dirty = False
         try:
-            self._volume.flush()
+            self._bases[self._base].flush()
         except BaseException:
             self._dirty = True
             raise
 
     def _flush(self, node: int, body: bytes) -> None:
         # Closing is the only barrier that debugfs and friends give.
-        if node == VOLUME_NODE and self._dirty:
+        if node in self._bases and self._dirty:
             self._settle()
 
     def _fsync(self, node: int, body: bytes) -> None:
-        if node == VOLUME_NODE and self._writable:
+        if node in self._bases and self._writable:
             self._settle()
             if self._unreported is not None:
                 error, self._unreported = self._unreported, None
@@ -559,23 +591,26 @@ class FuseFiles:
 
     def _fallocate(self, node: int, body: bytes) -> None:
         _, offset, length, mode, _ = FALLOCATE_IN.unpack_from(body)
-        if node != VOLUME_NODE or not self._writable:
+        base = self._bases.get(node)
+        if base is None or not self._writable:
             raise _Refused(errno.EROFS)
         # Discard and write-zeroes of a loop device both arrive as 3.  One EOPNOTSUPP to them would
         # end discard on that loop device for good.
         if mode & ~FALLOC_KEEP_SIZE not in (FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
             raise _Refused(errno.EOPNOTSUPP)
-        if offset + length > self._volume.size:
+        if offset + length > base.size:
             if mode & FALLOC_ZERO_RANGE and not mode & FALLOC_KEEP_SIZE:
                 raise _Refused(errno.EFBIG)
-            length = max(0, self._volume.size - offset)
+            length = max(0, base.size - offset)
         if length:
             self._dirty = self._touched = True
-            self._volume.punch(offset, length)
+            base.punch(offset, length)
 
     def _opendir(self, node: int, body: bytes) -> bytes:
         if node == ROOT_NODE:
             entries = [(b"volume", VOLUME_NODE, stat.S_IFREG >> 12), (b"snapshots", SNAPSHOTS_NODE, stat.S_IFDIR >> 12)]
+            if self._disk is not None:
+                entries.append((b"disk", DISK_NODE, stat.S_IFREG >> 12))
         elif node == SNAPSHOTS_NODE:
             # The number in a listing is informative only: a lookup gives the real one.
             entries = [(name.encode("utf-8"), 0xFFFFFFFF, stat.S_IFREG >> 12) for name in self._volume.snapshot_names()]

@@ -40,6 +40,7 @@ from typing import Any
 from extsnap.errors import ExtsnapError, ServerError, ToolError, VolumeBusy
 from extsnap.serve import control, mounting
 from extsnap.serve.contract import EngineVolume, load_factory
+from extsnap.serve.disk import Disk
 from extsnap.serve.fuse import FuseFiles, Unmounted
 
 _PR_SET_IO_FLUSHER = 57
@@ -99,6 +100,7 @@ class Server:
         self._poll = select.poll()
         self._volume: EngineVolume | None = None
         self._files: FuseFiles | None = None
+        self._disk: Disk | None = None
         self._fuse_fd = -1
         self._listener: socket.socket | None = None
         self._socket_path: Path | None = None
@@ -124,12 +126,15 @@ class Server:
             self._volume = load_factory(self.config.factory)(
                 self.config.image, writable=self.config.writable, partition=self.config.partition
             )
+            if self.config.partition:
+                self._disk = Disk(self._volume, self.config.image, self.config.offset)
             self._fuse_fd = mounting.fuse_mount(
                 self.config.directory, self.config.image, allow_other=self.config.allow_other
             )
             self._files = FuseFiles(
                 self._fuse_fd,
                 self._volume,
+                disk=self._disk,
                 writable=self.config.writable,
                 # A page of the kernel's cache is written whole: where it holds several blocks, all would be copied.
                 writeback_cache=self._volume.block_size >= mmap.PAGESIZE,
@@ -351,9 +356,9 @@ class Server:
         assert self._files is not None
         files = self._files
         if verb in ("restore", "strip") and files.volume_opens:
-            raise self._busy("volume", f"{verb} needs the volume for itself", "unmount or close it first")
+            raise self._busy(files.base_name, f"{verb} needs the volume for itself", "unmount or close it first")
         if verb == "create" and files.volume_write_opens:
-            raise self._busy("volume", "snapshots of a mounted volume are not supported yet", "unmount first")
+            raise self._busy(files.base_name, "snapshots of a mounted volume are not supported yet", "unmount first")
         if verb not in ("strip", "delete") or not files.open_views():
             return
         names = set(self._volume.snapshot_names())
@@ -497,6 +502,9 @@ class Server:
             self._fuse_fd = -1
             if mounting.fuse_mount_at(self.config.directory) is not None:
                 mounting.fuse_abort(self.config.directory)
+        if self._disk is not None:
+            with contextlib.suppress(Exception):
+                self._disk.close()
         if self._volume is not None:
             try:
                 if self._begun:

@@ -273,7 +273,7 @@ def _recover(place: Place) -> None:
 
 
 def attach(image: str, directory: str, *, foreground: bool = False, partition: int | None = None) -> None:
-    """Serve ``DIR/volume`` and ``DIR/snapshots/NAME``; returns when they are there.
+    """Serve ``DIR/volume``, ``DIR/snapshots/NAME`` and, of a partition, ``DIR/disk``; returns when they are there.
 
     Args:
         image: Path of the image.
@@ -523,7 +523,8 @@ def run(
 
     Args:
         image: Path of the image.
-        command: The command; ``{}`` in an argument becomes the path of the served volume.
+        command: The command; ``{}`` in an argument becomes the path of the served volume, and for a partition
+            ``{disk}`` that of the served disk.
         atomic: Take a snapshot first, restore it if the command fails, delete it in both cases.
         ok: The exit statuses that are no failure.
         partition: Number of the partition; None and 0 as `locate` takes them.
@@ -568,7 +569,7 @@ def _run_on(client: ControlClient, path: str, command: Sequence[str], atomic: bo
         snapshot = str(client.call("create", kind="atomic", patience=_CLOSE_PATIENCE)["name"])
     ran, status = True, -1  # an error between here and the end of the command is a failed command
     try:
-        status, ran = _execute([argument.replace("{}", path) for argument in command])
+        status, ran = _execute(_filled(command, path, client.call("server.hello").get("partition") is not None))
     finally:
         if snapshot:
             if ran and status not in ok:
@@ -581,6 +582,12 @@ def _run_on(client: ControlClient, path: str, command: Sequence[str], atomic: bo
                     ) from error
             client.call("delete", names=[snapshot], patience=_CLOSE_PATIENCE)
     return status
+
+
+def _filled(command: Sequence[str], volume: str, is_partition: bool) -> list[str]:
+    """The command with the paths of the served files; a whole volume has no disk around it."""
+    disk = os.path.join(os.path.dirname(volume), "disk") if is_partition else "{disk}"
+    return [argument.replace("{disk}", disk).replace("{}", volume) for argument in command]
 
 
 def _execute(command: list[str]) -> tuple[int, bool]:
@@ -654,7 +661,7 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
         with client:
             report = _selected(client.call("check", names=list(names)), names)
             volume = os.path.join(hello["directory"], "volume")
-            users = mounting.users_of(volume)
+            users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
             return _report(report, base, None if quick else hello["directory"])
     with load_factory(FACTORY)(image, writable=False, partition=place.partition) as at_rest:

@@ -244,6 +244,76 @@ def test_a_killed_server_of_a_partition_is_recovered_from(disk, run_cli, tmp_pat
     assert outside(disk, ONE) == before
 
 
+def test_the_disk_around_a_partition(disk, run_cli, tmp_path) -> None:
+    mnt, served = tmp_path / "mnt", tmp_path / "served"
+    run_cli("create", disk, "a", "-P", "2")
+    elsewhere = outside(disk, OTHER, (30 * MIB, 3))
+    run_cli("mount", disk, mnt, "-P", "5")
+    (mnt / "file").write_bytes(b"old" * 100_000)
+    run_cli("umount", mnt)
+    run_cli("create", disk, "first", "-P", "5")
+    content = disk.read_bytes()
+    run_cli("attach", disk, served, "-P", "5")
+    try:
+        whole = served / "disk"
+        assert sorted(os.listdir(served)) == ["disk", "snapshots", "volume"]
+        seen = whole.read_bytes()
+        assert outside_of(seen, OTHER) == outside_of(content, OTHER)
+        assert seen[OTHER[0] :][: OTHER[1]] == (served / "volume").read_bytes()
+        with loop(whole) as device:
+            with pytest.raises(OSError, match="busy"):
+                (served / "volume").open("rb")
+            refused = run_cli("restore", disk, "first", "-P", "5", status=1).stderr
+            assert "disk is in use" in refused
+            assert json.loads(run_cli("check", disk, "-P", "5", "--json").stdout)["base"]["e2fsck"] is None
+            assert "in use by extsnap in process" in run_cli("create", disk, "-P", "2", status=1).stderr
+            sh("partx", "--add", device)
+            sh("mount", f"{device}p5", mnt)
+            (mnt / "file").write_bytes(b"new" * 100_000)
+            sh("umount", mnt)
+            with open(device, "r+b") as file:
+                file.seek(30 * MIB)
+                file.write(b"gap")
+        until_closed(served)
+        with ImageFile(str(disk), writable=True, lock="exclusive", start=ONE[0], length=ONE[1]):
+            with pytest.raises(OSError, match="busy"):
+                whole.open("r+b")
+            assert len(whole.read_bytes()) == SIZE
+        with loop(disk, "-o", str(ONE[0]), "--sizelimit", str(ONE[1])), pytest.raises(OSError, match="busy"):
+            whole.open("r+b")
+        with whole.open("r+b"):
+            pass
+    finally:
+        run_cli("detach", served)
+    fsck(disk, OTHER)
+    assert outside(disk, OTHER, (30 * MIB, 3)) == elsewhere
+    assert disk.read_bytes()[30 * MIB :][:3] == b"gap"
+    for snapshot, expected in (([], b"new"), (["--snapshot", "first"], b"old")):
+        run_cli("mount", disk, mnt, "-P", "5", *snapshot)
+        assert (mnt / "file").read_bytes() == expected * 100_000
+        run_cli("umount", mnt)
+    said = run_cli("run", disk, "-P", "5", "--", "blkid", "-p", "-o", "value", "-s", "PTTYPE", "{disk}").stdout
+    assert said == "gpt\n"
+    with loop(disk, "-o", str(OTHER[0])) as device:
+        assert run_cli("run", device, "--", "echo", "{disk}").stdout == "{disk}\n"
+
+
+def outside_of(content: bytes, place: tuple[int, int]) -> bytes:
+    return content[: place[0]] + content[sum(place) :]
+
+
+def until_closed(served: Path) -> None:
+    """The kernel tells the server of a loop device's last close a little later."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            (served / "volume").open("rb").close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_loop_devices_count_where_they_reach(disk, tmp_path) -> None:
     with loop(disk, "-o", str(ONE[0]), "--sizelimit", str(ONE[1])) as device:
         extsnap.open(disk, partition=5).close()

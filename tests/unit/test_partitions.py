@@ -20,6 +20,7 @@ from extsnap.blockdev.partitions import Table, read_table
 from extsnap.blockdev.recording import MemoryDevice
 from extsnap.errors import ExtsnapError, FormatError, NotExtError, VolumeBusy
 from extsnap.ext.locate import Place, locate
+from extsnap.serve.disk import Disk
 
 SIZE = 16 * MIB
 TWO = [(1, MIB, 4 * MIB), (3, 8 * MIB, 2 * MIB)]
@@ -308,3 +309,65 @@ def test_locks_are_of_ranges(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         ImageFile(str(path), lock="exclusive")
     take().close()
+
+
+# ---- the disk around a served partition
+
+
+class Inside(MemoryDevice):
+    """A served volume, as far as `Disk` uses it."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.pwrite(offset, data)
+
+
+@pytest.mark.parametrize(("start", "length"), [(1000, 3000), (0, 3000), (5000, 5000), (0, 10_000)])
+def test_the_disk_is_the_image_with_the_volume_in_its_place(tmp_path: Path, start: int, length: int) -> None:
+    rng = random.Random(5)
+    path = tmp_path / "image"
+    below = rng.randbytes(10_000)
+    path.write_bytes(below)
+    volume = Inside(rng.randbytes(length))
+    model = bytearray(below)
+    model[start : start + length] = volume.content
+    whole = Disk(volume, str(path), start)
+    if length < 10_000:
+        with pytest.raises(OSError, match="not open for writing"):
+            whole.write(0 if start else 9999, b"x")
+    whole.begin_writing()
+    whole.begin_writing()
+    whole.end_writing()  # one writer is left
+    for turn in range(300):
+        offset = rng.randrange(10_000)
+        count = min(rng.choice((0, 1, 500, 4096, 10_000)), 10_000 - offset)
+        if turn % 3 == 0:
+            data = rng.randbytes(count)
+            whole.write(offset, data)
+            model[offset : offset + count] = data
+        elif turn % 3 == 1 and count:
+            whole.punch(offset, count)
+            model[offset : offset + count] = bytes(count)
+        else:
+            buffer = bytearray(count)
+            whole.readinto(offset, memoryview(buffer))
+            assert buffer == model[offset : offset + count]
+        whole.flush()
+    whole.end_writing()
+    whole.close()
+    assert volume.content == model[start : start + length]
+    model[start : start + length] = below[start : start + length]
+    assert path.read_bytes() == model
+
+
+def test_the_disk_is_written_only_if_nobody_has_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(10_000))
+    whole = Disk(Inside(1000), str(path), 2000)
+    for start in (0, 1999, 3000, 9999):
+        with ImageFile(str(path), writable=True, lock="exclusive", start=start, length=1), pytest.raises(VolumeBusy):
+            whole.begin_writing()
+    with ImageFile(str(path), writable=True, lock="exclusive", start=2000, length=1000):
+        whole.begin_writing()
+        whole.end_writing()
+    whole.close()
+    ImageFile(str(path), writable=True, lock="exclusive").close()
