@@ -140,6 +140,8 @@ def check_table(result: Mapping[str, Any]) -> Table:
                 errors.append(_text(part["skipped"]))
         else:
             verdict = _state("ok" if part["ok"] else "damaged")
+        if count := part.get("open_unlinked"):
+            errors.append(Text(f"{count} file{'s' if count != 1 else ''} open and unlinked at that moment"))
         table.add_row(name, Text("-" if status is None else safe(status)), Text("\n").join([verdict, *errors]))
     return table
 

@@ -493,6 +493,15 @@ class Filesystem:
                 raise FormatError(f"the bitmap of group {group} fails its checksum", structure="inode bitmap")
         return bytearray(raw)
 
+    def inode_in_use(self, ino: int) -> bool:
+        """Whether the inode bitmap has this inode.
+
+        Raises:
+            FormatError: The bitmap fails its checksum.
+        """
+        group, index = divmod(ino - 1, self.geometry.inodes_per_group)
+        return bool(self._inode_bitmap(group)[index // 8] >> index % 8 & 1)
+
     def _put_inode_bitmap(self, group: int, bitmap: bytearray) -> None:
         geometry = self.geometry
         block = int(self.groups.column("bg_inode_bitmap")[group])
@@ -714,19 +723,25 @@ class Filesystem:
             for index in sorted({group // per_block for group in changed}):
                 piece = table[index * size : (index + 1) * size].tobytes()
                 device.pwrite(int(geometry.descriptor_blocks[index]) * size, piece)
-            self._seal_superblock()
+            self.sum_counts()
+            self.write_superblock()
         for block, content in sorted(self._blocks.items()):
             device.pwrite(block * size, content)
         self._blocks = {}
         self._dirty_groups, self._dirty_descriptors = set(), set()
 
-    def _seal_superblock(self) -> None:
+    def sum_counts(self) -> None:
+        """Make the superblock's free counts the sums of the descriptors'; not written yet."""
         sb = self.superblock
         free = int(self.groups.column("bg_free_blocks_count").sum()) * self.geometry.cluster_blocks
         sb.s_free_blocks_count_lo = free & 0xFFFFFFFF
         if sb.s_feature_incompat & Incompat.bit64:
             sb.s_free_blocks_count_hi = free >> 32
         sb.s_free_inodes_count = int(self.groups.column("bg_free_inodes_count").sum())
+
+    def write_superblock(self) -> None:
+        """Write the superblock as it was edited, its checksum set."""
+        sb = self.superblock
         raw = codec.build(Superblock, sb, "superblock")
         if self.geometry.has_metadata_csum:
             sb.s_checksum = superblock_checksum(raw)

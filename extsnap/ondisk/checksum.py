@@ -49,6 +49,11 @@ def extent_checksum(iseed: int, raw: bytes) -> int:
     return crc32c_raw(iseed, raw[: 12 + 12 * int.from_bytes(raw[4:6], "little")])
 
 
+def orphan_block_checksum(iseed: int, block: int, raw: bytes) -> int:
+    """ob_checksum of a block of the orphan file: over its number (64 bits) and everything before the 8-byte tail."""
+    return crc32c_raw(iseed, block.to_bytes(8, "little") + raw[:-8])
+
+
 def bitmap_checksum(seed: int, bitmap: Any) -> int:
     """32-bit checksum of a block or inode bitmap (blocks per group / 8, inodes per group / 8 bytes)."""
     return crc32c_raw(seed, bitmap)

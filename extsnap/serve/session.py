@@ -28,11 +28,10 @@ from extsnap.errors import (
     NeedsRecovery,
     ServerError,
     SnapshotNotFound,
-    ToolError,
     VolumeBusy,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import control, mounting, tools
+from extsnap.serve import control, moment, mounting, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
 from extsnap.serve.server import Server, ServerConfig, spawn
@@ -40,7 +39,6 @@ from extsnap.serve.server import Server, ServerConfig, spawn
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
 
-_FSCK_REPAIRED_MAX = 3  # exit statuses below 4: nothing was wrong, or everything is repaired
 _FSCK_FRAME = ("Pass ", "e2fsck ", "********** WARNING: Filesystem still has errors")
 _CLOSE_PATIENCE = 10.0
 _MAX_COMPLAINTS = 20
@@ -251,7 +249,7 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
         NeedsRecovery: Stock e2fsck wants decisions.
     """
     done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
-    if not 0 <= done.returncode <= _FSCK_REPAIRED_MAX:
+    if not 0 <= done.returncode <= moment.REPAIRED_MAX:
         raise _unrecoverable(name, tools.last_line(done))
     if not keeper.call("server.recovered").get("clean"):
         raise _unrecoverable(name)
@@ -697,10 +695,13 @@ def _report(report: dict[str, Any], base: dict[str, Any], directory: str | None)
     entries = []
     for name, errors in report["snapshots"].items():
         status: int | None = None
+        entry: dict[str, Any] = {"name": name}
         if directory is not None:
-            status, complaints = _check_view(os.path.join(directory, "snapshots", name))
+            status, complaints, open_unlinked = _judge(os.path.join(directory, "snapshots", name))
             errors = errors + complaints
-        entries.append({"name": name, "e2fsck": status, "ok": not errors, "errors": errors})
+            if open_unlinked:
+                entry["open_unlinked"] = open_unlinked
+        entries.append({**entry, "e2fsck": status, "ok": not errors, "errors": errors})
     store = {"ok": bool(report["store"]["ok"]), "errors": list(report["store"].get("errors", []))}
     fine = store["ok"] and base["ok"] is not False and all(entry["ok"] for entry in entries)
     return {"version": 1, "ok": bool(fine), "base": base, "snapshots": entries, "store": store}
@@ -720,46 +721,17 @@ def _fsck(path: str) -> tuple[int, list[str]]:
     return done.returncode, complaints or [f"e2fsck ended with status {done.returncode}"]
 
 
-def _check_base(path: str) -> dict[str, Any]:
+def _judge(path: str) -> tuple[int, list[str], int]:
+    """Status and complaints of e2fsck, what the moment left to be done aside, and the files open and unlinked then."""
     status, complaints = _fsck(path)
+    return (status and moment.without_work_left(path, _fsck)) or (status, complaints, 0)
+
+
+def _check_base(path: str) -> dict[str, Any]:
+    status, complaints, open_unlinked = _judge(path)
     base: dict[str, Any] = {"e2fsck": status, "ok": status == 0}
+    if open_unlinked:
+        base["open_unlinked"] = open_unlinked
     if complaints:
         base["errors"] = complaints
     return base
-
-
-def _check_view(path: str) -> tuple[int, list[str]]:
-    """Check a view; what the moment left to be done (orphans, a journal to replay) is no damage.
-
-    A snapshot of a mounted volume has files that were unlinked but open, and one without a freeze a
-    journal.  ``e2fsck -fn`` does neither and complains.  So when it does and there is such work, the
-    view's metadata goes into a scratch image, e2fsck does the work there, and must then be satisfied.
-    """
-    status, complaints = _fsck(path)
-    if status == 0 or not _has_work_left(path):
-        return status, complaints
-    with tempfile.TemporaryDirectory(prefix="extsnap-check-") as scratch:
-        copy = os.path.join(scratch, "metadata")
-        try:
-            tools.run("e2image", "-r", path, copy)
-        except ToolError as error:
-            return status, [*complaints, f"could not be looked at more closely: {error.message}"]
-        preened = tools.run("e2fsck", "-p", copy, ok=None)
-        if 0 <= preened.returncode <= _FSCK_REPAIRED_MAX:
-            again, remaining = _fsck(copy)
-            return again, remaining
-    return status, complaints
-
-
-def _has_work_left(path: str) -> bool:
-    """Whether a filesystem's superblock announces orphans or a journal to replay."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), 1024, 1024)
-    except OSError:
-        return False
-    if len(raw) < 1024 or raw[0x38:0x3A] != b"\x53\xef":
-        return False
-    incompat, ro_compat = int.from_bytes(raw[0x60:0x64], "little"), int.from_bytes(raw[0x64:0x68], "little")
-    last_orphan = int.from_bytes(raw[0xE8:0xEC], "little")
-    return bool(incompat & 0x4 or ro_compat & 0x10000 or last_orphan)
