@@ -91,6 +91,8 @@ def volume_details(result: Mapping[str, Any]) -> Table:
     table.add_row("free", Text(f"{human_bytes(free * block_size)} ({free} blocks)"))
     table.add_row("inodes", Text(f"{result['inodes']}, {result['free_inodes']} free"))
     table.add_row("groups", _text(result["groups"]))
+    if result.get("partition"):
+        table.add_row("partition", _text(result["partition"]))
     if result.get("offset"):
         table.add_row("offset", Text(f"{human_bytes(result['offset'])} into the image"))
     table.add_row("guard", _text(result["guard"]))
@@ -114,7 +116,7 @@ def volume_details(result: Mapping[str, Any]) -> Table:
             table.add_row("mounted", _text(_mount_text(path)))
     known = {
         "type", "uuid", "label", "features", "block_size", "blocks", "free_blocks", "inodes", "free_inodes",
-        "groups", "offset", "guard", "snapshots", "store", "attached",
+        "groups", "partition", "offset", "guard", "snapshots", "store", "attached",
     }  # fmt: skip
     _add_others(table, result, known)
     return table

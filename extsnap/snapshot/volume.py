@@ -230,7 +230,8 @@ class Volume:
         if not self.medium.offsets:
             found, hint = recognise(self._device)
             what = f"{found}, not ext2, ext3 or ext4" if found else "no ext2, ext3 or ext4 filesystem"
-            raise NotExtError(f"{self.name} holds {what}", hint=hint or "check the path")
+            where = "choose another partition with -P" if self.partition else "check the path"
+            raise NotExtError(f"{self.name} holds {what}", hint=hint or where)
         fs = Filesystem.open(self.medium)
         if self.writable and not self.medium.state.mark:  # the mark keeps all others away: then it was us
             user = fs.mmp_user()

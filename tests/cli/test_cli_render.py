@@ -116,7 +116,8 @@ def attached(path: str) -> dict[str, Any]:
 
 
 def test_info() -> None:
-    assert lines(render.volume_details(volume(offset=1 << 20, attached=attached("/srv/x"), marked="run this"))) == [
+    details = volume(offset=1 << 20, partition=5, attached=attached("/srv/x"), marked="run this")
+    assert lines(render.volume_details(details)) == [
         "type       ext4",
         "uuid       8f5f0cb6-1df4-4c45-9d30-0a9b7c5cf9a1",
         "label      data",
@@ -125,6 +126,7 @@ def test_info() -> None:
         "free       50.0 MiB (12800 blocks)",
         "inodes     6400, 6000 free",
         "groups     1",
+        "partition  5",
         "offset     1.0 MiB into the image",
         "guard      on",
         "snapshots  2",
