@@ -30,7 +30,9 @@ def call(image: str, verb: str, *, writable: bool, partition: int | None, **argu
     with about(image):
         from extsnap.serve import session
 
-        with session.open_session(image, writable=writable, partition=partition) as opened:
+        # A restore that keeps nothing of the volume needs nothing of it either.
+        as_it_is = verb == "restore" and not arguments["safety"]
+        with session.open_session(image, writable=writable, partition=partition, as_it_is=as_it_is) as opened:
             result: dict[str, Any] = opened.call(verb, **arguments)
     output.notices(result)
     return result

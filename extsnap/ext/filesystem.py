@@ -437,6 +437,11 @@ class Filesystem:
         block, within = divmod(index * geometry.inode_size, geometry.block_size)
         return table + block, within
 
+    def inode_offset(self, ino: int) -> int:
+        """Byte offset of an inode in the volume."""
+        block, within = self._inode_place(ino)
+        return block * self.geometry.block_size + within
+
     def inode(self, ino: int) -> Any:
         """One inode, parsed.
 
@@ -516,8 +521,10 @@ class Filesystem:
         self.groups.set_column("bg_free_inodes_count", one, np.array([free], np.int64))
         self._dirty_descriptors.add(group)
 
-    def allocate_inode(self, *, directory: bool, number: int | None = None) -> int:
+    def allocate_inode(self, *, directory: bool, number: int | None = None, keep: bool = False) -> int:
         """Take a free inode (or exactly ``number``): bitmap, counts, itable_unused; unused table blocks are zeroed.
+
+        With ``keep`` they are not: the inode is there, only the bitmap has lost it.
 
         Raises:
             VolumeFull: There is none.
@@ -533,7 +540,7 @@ class Filesystem:
             raise VolumeFull("the volume has no free inode", hint="delete files")
         bitmap[index // 8] |= 1 << index % 8
         if groups.has_checksums:
-            self._use_inode_table(group, index)
+            self._use_inode_table(group, index, zero=not keep)
         self._put_inode_bitmap(group, bitmap)
         if directory:
             self._count_directory(group, 1)
@@ -550,7 +557,7 @@ class Filesystem:
                 return int(np.argmax(which))
         raise VolumeFull("the volume has no free inode", hint="delete files")
 
-    def _use_inode_table(self, group: int, index: int) -> None:
+    def _use_inode_table(self, group: int, index: int, *, zero: bool) -> None:
         """Move bg_itable_unused behind ``index``; table blocks that come into use are zeroed where they may not be."""
         geometry, groups = self.geometry, self.groups
         one = np.array([group], np.int64)
@@ -560,7 +567,7 @@ class Filesystem:
             unused = geometry.inodes_per_group
         used = geometry.inodes_per_group - unused
         if index >= used:
-            if not flags & GroupFlags.INODE_ZEROED:
+            if zero and not flags & GroupFlags.INODE_ZEROED:
                 table = int(groups.column("bg_inode_table")[group])
                 first = -(-used * geometry.inode_size // geometry.block_size)
                 last = index * geometry.inode_size // geometry.block_size
@@ -662,14 +669,18 @@ class Filesystem:
 
     # -- directories ------------------------------------------------------------------------------------
 
-    def lookup(self, path: str) -> int | None:
-        """Inode number of an absolute path, or None."""
+    def lookup_in(self, directory_ino: int, name: bytes) -> int | None:
+        """Inode number of a name in a directory, or None."""
         from extsnap.ext import directory
 
+        return directory.lookup(self, directory_ino, name)
+
+    def lookup(self, path: str) -> int | None:
+        """Inode number of an absolute path, or None."""
         ino = ROOT_INODE
         for name in path.split("/"):
             if name:
-                found = directory.lookup(self, ino, name.encode())
+                found = self.lookup_in(ino, name.encode())
                 if found is None:
                     return None
                 ino = found

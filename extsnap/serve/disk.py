@@ -123,6 +123,10 @@ class Disk:
                 part, inside_part = self._outside(at)
                 part.punch(inside_part, size)
 
+    def grow(self, size: int) -> None:
+        """Refuse: what lies behind the disk's end is not in its partition table."""
+        raise OSError(errno.ENOSPC, f"a disk of {self.size} bytes does not grow to {size}")
+
     def flush(self) -> None:
         """Barrier for all of the disk."""
         self._volume.flush()

@@ -38,7 +38,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from extsnap.errors import ExtsnapError
+from extsnap.errors import ExtsnapError, StoreProtected
 from extsnap.serve.contract import ServedView, ServedVolume
 from extsnap.serve.disk import Disk
 
@@ -118,6 +118,8 @@ class FuseFiles:
         volume_opens: How often ``volume`` or ``disk`` is open now.
         volume_write_opens: How often of these for writing.
         last_pid: The process behind the last request that had one.
+        refused: How many writes were refused because they would have hurt the store.
+        refusal: What the last of these refusals said.
         failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
             of its file without asking for the result), or None.
     """
@@ -162,6 +164,8 @@ class FuseFiles:
         self.volume_opens = 0
         self.volume_write_opens = 0
         self.last_pid = 0
+        self.refused = 0
+        self.refusal = ""
         self.failure: Exception | None = None
         # The kernel cuts a write at our limit and, where it is no whole page, at its first and last page.  If a later
         # part fails, the loop device takes the short write for a whole one: so the next fsync fails as well.
@@ -286,6 +290,9 @@ class FuseFiles:
         except struct.error:
             self._fail(unique, errno.EINVAL)
         except Exception as error:  # one bad request must never end the others
+            if isinstance(error, StoreProtected):
+                self.refused += 1
+                self.refusal = error.message
             self._report(opcode, error)
             self._fail(unique, error_number(error))
         return True
@@ -340,11 +347,8 @@ class FuseFiles:
             raise _Refused(errno.EBADF)
         if not self._writable:
             raise _Refused(errno.EROFS)
-        room = base.size - offset
-        if size > room:
-            if room <= 0:
-                raise _Refused(errno.EFBIG)
-            size = room
+        if offset + size > base.size:
+            base.grow(offset + size)
         self._dirty = self._touched = True
         try:
             base.write(offset, self._data[:size])
@@ -495,9 +499,10 @@ class FuseFiles:
         base = self._bases.get(node)
         if base is None or not self._writable:
             raise _Refused(errno.EROFS)
-        if valid & FATTR_SIZE and size != base.size:
-            # The size is the filesystem's business: making the file shorter would cut the volume.
-            raise _Refused(errno.EPERM if size < base.size else errno.EOPNOTSUPP)
+        if valid & FATTR_SIZE and size < base.size:
+            raise _Refused(errno.EPERM)  # the end may be what a snapshot still needs
+        if valid & FATTR_SIZE and size > base.size:
+            base.grow(size)
         if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             raise _Refused(errno.EPERM)
         return self._getattr(node, body)
@@ -600,7 +605,7 @@ class FuseFiles:
             raise _Refused(errno.EOPNOTSUPP)
         if offset + length > base.size:
             if mode & FALLOC_ZERO_RANGE and not mode & FALLOC_KEEP_SIZE:
-                raise _Refused(errno.EFBIG)
+                base.grow(offset + length)
             length = max(0, base.size - offset)
         if length:
             self._dirty = self._touched = True

@@ -62,6 +62,7 @@ class ServerConfig:
         private: The directory is ours: removed at the end.
         auto_end: End with the last user instead of by ``detach``.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
+        writeback: Let the kernel delay writes; without it a write that is refused fails at once.
         allow_other: Let other users in, as far as the files' modes do.
         partition: Number of the partition; 0: the whole image.
         offset: Where the volume begins in the image, in bytes.
@@ -74,6 +75,7 @@ class ServerConfig:
     private: bool = False
     auto_end: bool = False
     lazy: bool = False
+    writeback: bool = True
     allow_other: bool = False
     partition: int = 0
     offset: int = 0
@@ -137,7 +139,7 @@ class Server:
                 disk=self._disk,
                 writable=self.config.writable,
                 # A page of the kernel's cache is written whole: where it holds several blocks, all would be copied.
-                writeback_cache=self._volume.block_size >= mmap.PAGESIZE,
+                writeback_cache=self.config.writeback and self._volume.block_size >= mmap.PAGESIZE,
                 before_write=self._begin if self.config.writable else None,
                 log=self.log,
             )
@@ -196,6 +198,8 @@ class Server:
             "auto_end": self.config.auto_end,
             "needs_replay": self._recovering,
             "opens": self._files.total_opens if self._files is not None else 0,
+            "refused": self._files.refused if self._files is not None else 0,
+            "refusal": self._files.refusal if self._files is not None else "",
         }
 
     def log(self, message: str) -> None:

@@ -100,13 +100,16 @@ class Session:
         return self._volume
 
 
-def open_session(image: str, *, writable: bool, partition: int | None = None) -> Session:
+def open_session(
+    image: str, *, writable: bool, partition: int | None = None, as_it_is: bool = False
+) -> Session:
     """Open an image for commands.
 
     Args:
         image: Path of the image.
         writable: Whether a command may change it.  An image that carries the dirty mark is recovered first.
         partition: Number of the partition; None and 0 as `locate` takes them.
+        as_it_is: Go on with a filesystem that e2fsck -p could not recover: for a restore, which replaces it.
 
     Raises:
         ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help.
@@ -132,7 +135,12 @@ def open_session(image: str, *, writable: bool, partition: int | None = None) ->
         volume.close()
         if not attempts:
             raise _unrecoverable(place.name)
-        _recover(place)
+        try:
+            _recover(place)
+        except NeedsRecovery:
+            if not as_it_is:
+                raise
+            return Session(image, client=None, volume=factory(image, writable=True, partition=place.partition))
 
 
 def _place(image: str, partition: int | None) -> Place:
@@ -541,8 +549,10 @@ def run(
     if served is not None:
         client, hello = served
         with client:
-            return _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
-    server = _Private(place)
+            status, refusal = _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
+            return _checked_status(status, refusal, ok, atomic)
+    # Without the kernel's delays a tool learns of a refused write at once, not after a hundred others.
+    server = _Private(place, writeback=False)
     try:
         if server.hello["needs_replay"]:
             try:
@@ -552,25 +562,36 @@ def run(
                     raise
                 # This command may be the repair.
                 tools.notice(f"{error.message}; running the command on the volume as it is")
-        status = _run_on(server.keeper, server.file(), command, atomic, ok)
+        status, refusal = _run_on(server.keeper, server.file(), command, atomic, ok)
     except BaseException:
         server.abandon()
         raise
-    if not server.end():
-        tools.notice(f"{place.name} still needs recovery: the next extsnap command that writes tries again")
-    return status
+    try:
+        if not server.end():
+            tools.notice(f"{place.name} still needs recovery: the next extsnap command that writes tries again")
+    except NeedsRecovery as left:
+        if status in ok and not refusal:
+            raise
+        tools.notice(str(left))
+    return _checked_status(status, refusal, ok, atomic)
 
 
-def _run_on(client: ControlClient, path: str, command: Sequence[str], atomic: bool, ok: Collection[int]) -> int:
+def _run_on(
+    client: ControlClient, path: str, command: Sequence[str], atomic: bool, ok: Collection[int]
+) -> tuple[int, str]:
+    """Run a command on the served volume; returns its status, and what was refused of its writes."""
     snapshot = ""
     if atomic:
         snapshot = str(client.call("create", kind="atomic", patience=_CLOSE_PATIENCE)["name"])
-    ran, status = True, -1  # an error between here and the end of the command is a failed command
+    before = client.call("server.hello")
+    ran, status, refusal = True, -1, ""  # an error between here and the end of the command is a failed command
     try:
-        status, ran = _execute(_filled(command, path, client.call("server.hello").get("partition") is not None))
+        status, ran = _execute(_filled(command, path, before.get("partition") is not None))
+        after = client.call("server.hello")
+        refusal = after["refusal"] if after["refused"] > before["refused"] else ""
     finally:
         if snapshot:
-            if ran and status not in ok:
+            if ran and (status not in ok or refusal):
                 try:
                     client.call("restore", name=snapshot, safety=False, patience=_CLOSE_PATIENCE)
                 except (ExtsnapError, OSError) as error:
@@ -579,6 +600,23 @@ def _run_on(client: ControlClient, path: str, command: Sequence[str], atomic: bo
                         hint=f"snapshot {snapshot} is kept: restore it",
                     ) from error
             client.call("delete", names=[snapshot], patience=_CLOSE_PATIENCE)
+    return status, refusal
+
+
+def _checked_status(status: int, refusal: str, ok: Collection[int], atomic: bool) -> int:
+    """The status of a command; one that calls itself successful although writes of it were refused is none.
+
+    Raises:
+        ServerError: It is such a one.
+    """
+    if not refusal:
+        return status
+    if status in ok:
+        raise ServerError(
+            f"the command ended with status {status}, but {refusal}",
+            hint="the volume was restored" if atomic else "run extsnap check, then repair or restore the volume",
+        )
+    tools.notice(f"{refusal}; {'the volume was restored' if atomic else 'see extsnap check for what it left'}")
     return status
 
 
@@ -714,7 +752,9 @@ def _fsck(path: str) -> tuple[int, list[str]]:
         return 0, []
     lines = [line.strip().removeprefix(f"{path}: ") for line in (done.stdout + done.stderr).splitlines()]
     complaints = [
-        line for line in lines if line and not line.startswith(_FSCK_FRAME) and "% non-contiguous" not in line
+        line
+        for line in lines
+        if line and not line.startswith(_FSCK_FRAME) and "% non-contiguous" not in line and "is mounted." not in line
     ]
     if len(complaints) > _MAX_COMPLAINTS:
         complaints = [*complaints[:_MAX_COMPLAINTS], f"and {len(complaints) - _MAX_COMPLAINTS} more lines"]

@@ -5,7 +5,8 @@ One idempotent operation, and what is durable when:
  1. the edit is made on an overlay in memory; nothing is written
  2. dirty mark on (durable)
  3. the changed blocks go into the store as REDO, and one header commit says: pending
- 4. the blocks are written to the base volume through the write path (snapshots may need the old ones); barrier
+ 4. the blocks are written to the base volume through the write path (snapshots may need the old ones); barrier;
+    of blocks that move the content is copied to the new place, which nobody else has; barrier
  5. one header commit says: the store's extents are the new ones, nothing is pending
  6. the mark comes off when the command ends
 
@@ -21,14 +22,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, bitmap_runs, breaks_to_runs, set_runs, test_bits
+from extsnap.arrays import Bits, Ints, bitmap_runs, breaks_to_runs, runs_of, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
-from extsnap.errors import StoreDamaged, VolumeFull
+from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
 from extsnap.snapshot.engine import Engine
-from extsnap.snapshot.store import Extents, Pending, Root, Store
+from extsnap.snapshot.store import SLOT_BLOCKS, Extents, Pending, Root, Store
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -53,6 +54,8 @@ def set_up(volume: Volume) -> None:
     """
     overlay = Overlay(volume.medium, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
+    if volume.stale is not None:
+        graft.remove_stale(fs, volume.stale, volume.now_seconds())
     blocks, log_blocks = initial_sizes(volume.size, volume.block_size)
     geometry = fs.geometry
     blocks = -(-blocks // geometry.cluster_blocks) * geometry.cluster_blocks
@@ -86,11 +89,12 @@ def set_up(volume: Volume) -> None:
     store.write_blob(fmt.BlobKind.REDO, 0, _build_redo(overlay.changes()))
     store.commit()
     volume.adopt(store)
+    volume.stale = None
     volume.set_mark(True)
     finish(volume)
 
 
-def resize(volume: Volume, wanted: Extents) -> None:
+def resize(volume: Volume, wanted: Extents, kind: fmt.PendingKind = fmt.PendingKind.RESIZE) -> None:
     """Make the store's extents ``wanted``.  The mark goes on and stays on.
 
     Raises:
@@ -104,14 +108,31 @@ def resize(volume: Volume, wanted: Extents) -> None:
     )
     fs.flush()
     size = int((wanted[:, 0] + wanted[:, 2]).max())
-    _commit(volume, Pending(fmt.PendingKind.RESIZE, wanted, mapping, size), overlay.changes())
+    _commit(volume, Pending(kind, wanted, mapping, size), overlay.changes())
     finish(volume)
 
 
-def grow(volume: Volume, blocks: int) -> int:
+def reassert(volume: Volume) -> None:
+    """Make the filesystem say of the store what the header says.  The mark goes on and stays on.
+
+    Raises:
+        StoreDamaged: Files have blocks or inodes of the store now; nothing was changed.
+        VolumeFull: No room for the edit's own copies; nothing was changed.
+    """
+    root = volume.require_store().root
+    overlay = Overlay(volume.require_engine(), volume.block_size)
+    fs = Filesystem.open(overlay, writable=True)
+    mapping = graft.reassert(fs, root, volume.now_seconds())
+    fs.flush()
+    _commit(volume, Pending(fmt.PendingKind.RESIZE, root.extents, mapping, root.size_blocks), overlay.changes())
+    finish(volume)
+
+
+def grow(volume: Volume, blocks: int, *avoid: Bits) -> int:
     """Add up to ``blocks`` blocks to the store, in steps that its room pays for; returns how many were added.
 
-    Blocks that a living snapshot preserves and the reserved blocks of the filesystem are left alone.
+    Blocks that a living snapshot preserves, the reserved blocks of the filesystem, and those in ``avoid``
+    (uint8[groups, row_bytes] each) are left alone.
     """
     added = 0
     step = blocks
@@ -124,7 +145,7 @@ def grow(volume: Volume, blocks: int) -> int:
         ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks)
         if ask < 1:
             break
-        runs = fs.find_free(ask, avoid=[volume.needed_groups(fs)])
+        runs = fs.find_free(ask, avoid=[volume.needed_groups(fs), *avoid])
         found = int(runs[:, 1].sum())
         if not found:
             break
@@ -156,11 +177,7 @@ def shrink(volume: Volume, blocks: int) -> int:
     withdrawn = np.stack([start, end - start], axis=1)[end > start]
     if not len(withdrawn):
         return 0
-    owned = store.root.extents
-    bits = np.zeros((store.root.size_blocks + 7) // 8, np.uint8)
-    set_runs(bits, owned[:, [0, 2]])
-    set_runs(bits, withdrawn, False)
-    wanted = graft.keep_logical(owned, bitmap_runs(bits, store.root.size_blocks))
+    wanted = _without(store.root, withdrawn)
     store.withdraw(withdrawn)
     try:
         resize(volume, wanted)
@@ -168,6 +185,45 @@ def shrink(volume: Volume, blocks: int) -> int:
         store.put_back(withdrawn)
         return 0
     return int(withdrawn[:, 1].sum())
+
+
+def _without(root: Root, runs: Ints) -> Extents:
+    """The store's extents without the logical blocks in ``runs`` (start, length)."""
+    bits = np.zeros((root.size_blocks + 7) // 8, np.uint8)
+    set_runs(bits, root.extents[:, [0, 2]])
+    set_runs(bits, runs, False)
+    return graft.keep_logical(root.extents, bitmap_runs(bits, root.size_blocks))
+
+
+def move(volume: Volume, blocks: Ints, *avoid: Bits) -> None:
+    """Move the store's content out of ``blocks`` (physical, sorted) into others.  The mark goes on and stays on.
+
+    The new ones are needed by no snapshot, so that writing them under the engine hurts nobody: see `finish`.
+
+    Args:
+        avoid: uint8[groups, row_bytes] each, blocks not to move into.
+
+    Raises:
+        VolumeFull: There is no room for them; nothing was changed.
+        RestoreRefused: They hold a slot of the header, which never moves.
+    """
+    store = volume.require_store()
+    fs = Filesystem.open(volume.require_engine())
+    logical = np.sort(store.logical(blocks))
+    if logical[0] < SLOT_BLOCKS:
+        raise RestoreRefused(
+            "the header of the store is in the way; nothing was changed", hint="export the snapshot instead"
+        )
+    runs = fs.find_free(len(blocks), avoid=[volume.needed_groups(fs), *avoid])
+    if int(runs[:, 1].sum()) < len(blocks):
+        raise VolumeFull(
+            f"{len(blocks)} blocks of the store must move and only {int(runs[:, 1].sum())} blocks are free that no "
+            f"snapshot needs; nothing was changed",
+            hint="delete a snapshot, or export this one instead",
+        )
+    left = runs_of(logical)
+    wanted = graft.join(np.concatenate([_without(store.root, left), graft.map_runs(left, runs)]))
+    resize(volume, wanted, fmt.PendingKind.MOVE)
 
 
 def remove(volume: Volume) -> None:
@@ -216,6 +272,8 @@ def finish(volume: Volume) -> None:
     if pending.kind == fmt.PendingKind.STRIP:
         volume.forget_store()
         return
+    if pending.kind == fmt.PendingKind.MOVE:
+        store.carry(pending.extents)
     store.root.extents = pending.extents
     store.root.mapping = pending.mapping
     store.root.size_blocks = pending.size_blocks

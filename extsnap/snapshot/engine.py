@@ -180,6 +180,22 @@ class Engine:
         """bool[n]: which positions are data blocks of the store."""
         return test_bits(self._owned_bits, positions)
 
+    def grow(self, size: int) -> None:
+        """The medium has ``size`` bytes now, more than before; nothing in the new part is needed by any snapshot."""
+        self.size = size
+        self.blocks = -(-size // self.block_size)
+        self.rows = -(-(self.blocks + self.shift) // (8 * self.row_bytes))
+        more = self.rows * self.row_bytes - len(self.need_bits)
+        # A bitarray keeps the size of its buffer: both are made anew.
+        self.need_bits, self._special_bits, self._owned_bits = (
+            np.concatenate([bits, np.zeros(more, np.uint8)])
+            for bits in (self.need_bits, self._special_bits, self._owned_bits)
+        )
+        self._need = bitarray(buffer=self.need_bits, endian="little")
+        self._special = bitarray(buffer=self._special_bits, endian="little")
+        self._owned = bitarray(buffer=self._owned_bits, endian="little")
+        self.history.grow(self.rows)
+
     # -- reading ----------------------------------------------------------------------------------------
 
     def readinto(self, offset: int, buffer: memoryview) -> None:

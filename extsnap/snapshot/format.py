@@ -91,6 +91,7 @@ class PendingKind(enum.IntEnum):
     SET_UP = 1
     RESIZE = 2
     STRIP = 3
+    MOVE = 4  # a resize whose logical blocks keep their content, where their place changes
 
 
 class Kind(enum.IntEnum):

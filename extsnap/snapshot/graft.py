@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bits_of, distinct
-from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
+from extsnap.arrays import Bits, Ints, bits_of, distinct, expand, runs_of, test_bits
+from extsnap.errors import FormatError, RestoreRefused, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.quota import charge
-from extsnap.snapshot.store import Extents
+from extsnap.snapshot.store import Extents, Root
 
 ROOT_INODE = 2
 DIRECTORY_NAME = b".extsnap"
 FILE_NAME = b"store"
-PATH = "/.extsnap/store"
+DIRECTORY_PATH = "/.extsnap"
+PATH = DIRECTORY_PATH + "/store"
 FT_REGULAR, FT_DIRECTORY = 1, 2
-S_IFDIR, S_IFREG = 0o040000, 0o100000
+S_IFMT, S_IFDIR, S_IFREG = 0o170000, 0o040000, 0o100000
 IMMUTABLE, NODUMP, EXTENTS_FLAG = 0x10, 0x40, 0x80000
 
 
@@ -123,7 +124,7 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     Raises:
         VolumeFull: Not enough free blocks or inodes.
     """
-    if fs.lookup("/" + DIRECTORY_NAME.decode()) is not None:
+    if fs.lookup(DIRECTORY_PATH) is not None:
         raise StoreDamaged("the volume has a /.extsnap without a readable store", hint="rename or remove it first")
     data = free_runs(fs, blocks)
     fs.set_blocks(data, True)
@@ -132,17 +133,8 @@ def set_up(fs: Filesystem, blocks: int, now: int) -> tuple[Place, Extents, Ints]
     directory_block = int(fs.allocate_blocks(1)[0])
     directory = fs.allocate_inode(directory=True)
     store = fs.allocate_inode(directory=False)
-    none = np.zeros(0, np.int64)
-    _new_inode(fs, directory, S_IFDIR | 0o700, 2, IMMUTABLE, now)
-    fs.set_file_map(directory, np.array([[0, directory_block, 1]], np.int64), none, fs.geometry.block_size)
-    fs.write_block(directory_block, fs.new_directory_block(directory, ROOT_INODE))
-    _new_inode(fs, store, S_IFREG | 0o600, 1, IMMUTABLE | NODUMP, now)
-    fs.set_file_map(store, extents, mapping, blocks * fs.geometry.block_size)
-    fs.add_entry(directory, FILE_NAME, store, FT_REGULAR)
-    fs.add_entry(ROOT_INODE, DIRECTORY_NAME, directory, FT_DIRECTORY)
-    root = fs.inode(ROOT_INODE)
-    root.i_links_count += 1
-    fs.write_inode(ROOT_INODE, root)
+    _make_directory(fs, directory, directory_block, now)
+    _make_file(fs, directory, store, extents, mapping, now)
     return Place(directory, store, directory_block), extents, mapping
 
 
@@ -154,6 +146,117 @@ def _new_inode(fs: Filesystem, number: int, mode: int, links: int, flags: int, n
     inode.i_atime = inode.i_ctime = inode.i_mtime = now
     fs.write_inode(number, inode)
     charge(fs, inode, 0, 1)
+
+
+def verify(fs: Filesystem, root: Root) -> None:
+    """Check that the filesystem's store has the data blocks and the name that the header says.
+
+    Raises:
+        StoreProtected: It has not; says what is wrong.
+        FormatError: An inode or a node cannot be read.
+    """
+    store, directory = fs.inode(root.store_inode), fs.inode(root.directory_inode)
+    if store.i_mode & S_IFMT != S_IFREG or not store.i_links_count or store.i_dtime:
+        raise StoreProtected("its inode is no file")
+    if directory.i_mode & S_IFMT != S_IFDIR or not directory.i_links_count:
+        raise StoreProtected("the inode of its directory is no directory")
+    if not np.array_equal(join(fs.file_map(root.store_inode).data), join(root.extents)):
+        raise StoreProtected("its blocks are others")
+    if fs.lookup_in(root.directory_inode, FILE_NAME) != root.store_inode:
+        raise StoreProtected("it has no name")
+
+
+def is_whole(fs: Filesystem, root: Root) -> bool:
+    """Whether `verify` passes."""
+    try:
+        verify(fs, root)
+    except (StoreProtected, FormatError):
+        return False
+    return True
+
+
+def is_marked_used(fs: Filesystem, root: Root) -> bool:
+    """Whether both bitmaps of the filesystem call the store's inodes and blocks used; the store is whole."""
+    if not (fs.inode_in_use(root.store_inode) and fs.inode_in_use(root.directory_inode)):
+        return False
+    nodes = fs.file_map(root.store_inode).mapping
+    return not len(_free_of(fs, _runs(root.extents, nodes, root.directory_block)))
+
+
+def _runs(extents: Extents, *blocks: Ints | int) -> Ints:
+    """Runs (start, length) of data blocks and of single blocks."""
+    single = np.concatenate([np.atleast_1d(np.asarray(block, np.int64)) for block in blocks])
+    return np.concatenate([extents[:, 1:], np.stack([single, np.ones_like(single)], axis=1)])
+
+
+def _free_of(fs: Filesystem, runs: Ints) -> Ints:
+    """Those of the blocks in ``runs`` that the block bitmaps call free: int64[n], sorted."""
+    blocks = distinct(expand(runs[:, 0], runs[:, 1]))
+    return blocks[~test_bits(fs.block_bitmaps().reshape(-1), blocks - fs.geometry.first_data_block)]
+
+
+def reassert(fs: Filesystem, root: Root, now: int) -> Ints:
+    """Make the filesystem say of the store what the header says, after somebody freed or removed it.
+
+    Returns:
+        The mapping blocks.
+
+    Raises:
+        StoreDamaged: Files have blocks or inodes of the store now; says how many.
+    """
+    store = fs.inode(root.store_inode)
+    if store.i_links_count and store.i_dtime:  # freed, but the warden kept what it is
+        store.i_dtime = 0
+        fs.write_inode(root.store_inode, store)
+    if not is_whole(fs, root):
+        _make_again(fs, root, now)
+    for number in (root.directory_inode, root.store_inode):
+        if not fs.inode_in_use(number):
+            fs.allocate_inode(directory=number == root.directory_inode, number=number, keep=True)
+    mapping = fs.file_map(root.store_inode).mapping
+    fs.set_blocks(runs_of(_free_of(fs, _runs(root.extents, mapping, root.directory_block))), True)
+    return mapping
+
+
+def _make_again(fs: Filesystem, root: Root, now: int) -> None:
+    """Make a store that was removed, in the same inodes and blocks."""
+    kept = fs.inode_in_use(root.directory_inode) and fs.lookup(DIRECTORY_PATH) == root.directory_inode
+    numbers = [root.store_inode] if kept else [root.directory_inode, root.store_inode]
+    runs = _runs(root.extents, root.mapping, *([] if kept else [root.directory_block]))
+    taken = sum(fs.inode_in_use(number) for number in numbers)
+    claimed = int(runs[:, 1].sum()) - len(_free_of(fs, runs))
+    if taken or claimed:
+        raise StoreDamaged(
+            f"the filesystem has no store any more, and {claimed} blocks and {taken} inodes of it belong to files now",
+            hint="restore a snapshot: that brings the volume back and keeps the others",
+        )
+    fs.set_blocks(runs, True)
+    for number in numbers:
+        fs.allocate_inode(directory=number == root.directory_inode, number=number)
+    if not kept:
+        _make_directory(fs, root.directory_inode, root.directory_block, now)
+    _make_file(fs, root.directory_inode, root.store_inode, root.extents, root.mapping, now)
+
+
+def _make_directory(fs: Filesystem, number: int, block: int, now: int) -> None:
+    """Write the directory's inode and block, and its name into the root."""
+    _new_inode(fs, number, S_IFDIR | 0o700, 2, IMMUTABLE, now)
+    one = np.array([[0, block, 1]], np.int64)
+    fs.set_file_map(number, one, np.zeros(0, np.int64), fs.geometry.block_size)
+    fs.write_block(block, fs.new_directory_block(number, ROOT_INODE))
+    fs.add_entry(ROOT_INODE, DIRECTORY_NAME, number, FT_DIRECTORY)
+    parent = fs.inode(ROOT_INODE)
+    parent.i_links_count += 1
+    fs.write_inode(ROOT_INODE, parent)
+
+
+def _make_file(fs: Filesystem, directory: int, number: int, extents: Extents, mapping: Ints, now: int) -> None:
+    """Write the store's inode and nodes, and its name into its directory."""
+    _new_inode(fs, number, S_IFREG | 0o600, 1, IMMUTABLE | NODUMP, now)
+    end = int((extents[:, 0] + extents[:, 2]).max())
+    fs.set_file_map(number, extents, mapping, end * fs.geometry.block_size)
+    if fs.lookup_in(directory, FILE_NAME) is None:
+        fs.add_entry(directory, FILE_NAME, number, FT_REGULAR)
 
 
 def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: Bits) -> Ints:
@@ -202,16 +305,10 @@ def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: I
     Raises:
         RestoreRefused: A block of the store is in use by the snapshot's files.
     """
-    if fs.lookup(PATH) != store_inode:
-        raise RestoreRefused("the snapshot has no /.extsnap/store where today's volume has it; nothing was changed")
-    old = fs.file_map(store_inode)
-    fs.set_blocks(old.data[:, 1:], False)
-    fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)
-    mine = _group_bits(fs, extents)
-    clash = int(np.bitwise_count(mine & fs.block_bitmaps().reshape(-1)).sum())
-    if clash:
+    clash = in_the_way(fs, store_inode, extents)
+    if len(clash):
         raise RestoreRefused(
-            f"{clash} blocks of the store are in use by the snapshot's files; nothing was changed",
+            f"{len(clash)} blocks of the store are in use by the snapshot's files; nothing was changed",
             hint="export the snapshot instead",
         )
     fs.set_blocks(extents[:, 1:], True)
@@ -228,14 +325,47 @@ def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: I
     return mapping
 
 
+def in_the_way(fs: Filesystem, store_inode: int, extents: Extents) -> Ints:
+    """Today's store's blocks that a snapshot's files use, or that lie past the snapshot's end: int64[n], sorted.
+
+    The store of then is freed in ``fs``, an overlay of the snapshot.
+
+    Raises:
+        RestoreRefused: The snapshot has no store where today's volume has it.
+    """
+    if fs.lookup(PATH) != store_inode:
+        raise RestoreRefused("the snapshot has no /.extsnap/store where today's volume has it; nothing was changed")
+    old = fs.file_map(store_inode)
+    fs.set_blocks(old.data[:, 1:], False)
+    fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)
+    blocks = np.sort(expand(extents[:, 1], extents[:, 2]))
+    inside = int(np.searchsorted(blocks, fs.geometry.blocks_count))
+    used = test_bits(fs.block_bitmaps().reshape(-1), blocks[:inside] - fs.geometry.first_data_block)
+    return np.concatenate([blocks[:inside][used], blocks[inside:]])
+
+
+def remove_stale(fs: Filesystem, root: Root, now: int) -> None:
+    """Remove what is left of a store without snapshots, which a tool has moved or removed."""
+    if fs.lookup(DIRECTORY_PATH) != root.directory_inode:
+        return
+    if fs.lookup(PATH) == root.store_inode:
+        remove(fs, now)
+        return
+    if fs.lookup_in(root.directory_inode, FILE_NAME) is None:
+        _remove_inodes(fs, [(root.directory_inode, True)], now)
+
+
 def remove(fs: Filesystem, now: int) -> None:
     """Remove ``/.extsnap`` and free everything of it."""
-    directory = fs.lookup("/" + DIRECTORY_NAME.decode())
-    store = fs.lookup(PATH)
-    if directory is None or store is None:
-        return
+    directory, store = fs.lookup(DIRECTORY_PATH), fs.lookup(PATH)
+    if directory is not None and store is not None:
+        _remove_inodes(fs, [(store, False), (directory, True)], now)
+
+
+def _remove_inodes(fs: Filesystem, numbers: list[tuple[int, bool]], now: int) -> None:
+    """Take ``/.extsnap`` out of the root and free inodes (number, whether a directory) with their blocks."""
     fs.remove_entry(ROOT_INODE, DIRECTORY_NAME)
-    for number, is_directory in ((store, False), (directory, True)):
+    for number, is_directory in numbers:
         old = fs.file_map(number)
         fs.set_blocks(old.data[:, 1:], False)
         fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)

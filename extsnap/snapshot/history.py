@@ -63,6 +63,11 @@ class History:
         self._bounds = np.searchsorted(self._row, np.arange(self.rows + 1))
         self._cache.clear()
 
+    def grow(self, rows: int) -> None:
+        """The volume has ``rows`` group rows now; no snapshot so far preserves anything in the new ones."""
+        self.rows = rows
+        self._set_table(self.table)
+
     def set_alive(self, alive: list[tuple[int, int]], words: int) -> None:
         """Name the snapshots that count, as (id, bit), and the width of masks."""
         self._alive, self._words = sorted(alive), words

@@ -13,6 +13,7 @@ the primary has it too, and every extsnap command looks at the primary.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 from extsnap.blockdev.base import Buffer, Device
@@ -145,6 +146,18 @@ class Medium:
     def flush(self) -> None:
         """Barrier on the device."""
         self.device.flush()
+
+    def grow(self, size: int) -> None:
+        """Make the device ``size`` bytes long.
+
+        Raises:
+            OSError: It cannot be; ENOSPC where its size is fixed.
+        """
+        grow = getattr(self.device, "grow", None)
+        if grow is None:
+            raise OSError(errno.ENOSPC, "the size of the device is fixed")
+        grow(size)
+        self.size = self.device.size
 
     def set_state(self, state: SuperblockState) -> None:
         """Rewrite every superblock with ``state``; durable when this returns.

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, distinct, expand, runs_of, set_runs, test_bits
+from extsnap.arrays import Bits, Ints, distinct, expand, runs_of, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
-from extsnap.errors import RestoreRefused, SnapshotNotFound, VolumeFull
+from extsnap.errors import ExtsnapError, SnapshotNotFound, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
@@ -45,18 +45,16 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         SnapshotNotFound: No such snapshot.
         RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
     """
-    volume.require_trusted()
+    if safety or not volume.needs_replay:  # what is not kept need not be whole
+        volume.require_trusted()
     target = volume.find(name)
     engine, store = volume.require_engine(), volume.require_store()
-    if target.volume_bytes != volume.size:
-        raise RestoreRefused(
-            f"snapshot {name!a} has {target.volume_bytes} bytes and the volume has {volume.size}; nothing was changed",
-            hint="export the snapshot instead",
-        )
     engine.flush()
     created = volume.now_ns()
     entry = None
+    grown = 0
     try:
+        avoid, offsets = _move_out(volume, target)
         for _ in range(4):
             engine.flush()
             changes, mapping, sequence = _target_metadata(volume, target, None, None)
@@ -66,7 +64,9 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             missing = needed + engine.reserve() + edit.MINIMUM_ROOM - store.available
             if missing <= 0:
                 break
-            if not edit.grow(volume, missing + 32):
+            more = edit.grow(volume, missing + 32, avoid)
+            grown += more
+            if not more:
                 break
             changes = {}
         if missing > 0:
@@ -87,6 +87,8 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
                 created,
                 restored_from=name,
             )
+        # The superblocks of then and now: elsewhere a snapshot's file may have what looks like one.
+        volume.retarget(sorted(set(store.root.superblocks) & set(offsets)))
         store.root.restore = RestoreIntent(target.id, entry.id if entry else 0, sequence, mapping)
         if safety:
             volume.commit_snapshot()
@@ -94,10 +96,36 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             store.commit()
     except Exception:
         volume._back_to_rest()
+        if grown and not volume.serving:
+            edit.shrink(volume, grown)
+            volume.settle()
         raise
     complete(volume)
+    volume.needs_replay = False
     volume.settle()
     return entry
+
+
+def _move_out(volume: Volume, target: fmt.Snapshot) -> tuple[Bits, list[int]]:
+    """Move the store out of blocks that the restored volume uses for files, or that lie past its end.
+
+    Returns:
+        (blocks that the store must not take until the restore is done: uint8[groups, row_bytes], today's groups;
+        byte offsets of the restored volume's superblocks).
+
+    Raises:
+        VolumeFull, RestoreRefused: It cannot; nothing was changed.
+    """
+    root = volume.require_store().root
+    then = Filesystem.open(Overlay(View(volume.require_engine(), target), volume.block_size), writable=True)
+    blocks = graft.in_the_way(then, root.store_inode, root.extents)
+    now = Filesystem.open(volume.require_engine()).geometry
+    avoid = np.full((now.groups, now.blocks_per_group // 8), 0xFF, np.uint8)
+    groups = min(now.groups, then.geometry.groups)
+    avoid[:groups] = then.block_bitmaps()[:groups]
+    if len(blocks):
+        edit.move(volume, blocks, avoid)
+    return avoid, volume.superblock_offsets(then)
 
 
 def newest_safety(volume: Volume) -> fmt.Snapshot:
@@ -159,12 +187,23 @@ def _target_metadata(
     journal = fs.journal
     if journal is not None:
         if sequence is None:
-            now = volume.filesystem().journal
-            # Past everything that today's stale journal blocks can hold, so that none looks like the next one.
-            sequence = (max(journal.sequence, now.sequence if now else 0) + 1) & 0xFFFFFFFF
+            sequence = (max(journal.sequence, _sequence_now(volume)) + 1) & 0xFFFFFFFF
         fs.write_block(journal.superblock_block, journal.superblock_with(sequence=sequence))
     fs.flush()
     return overlay.changes(), mapping, sequence or 0
+
+
+def _sequence_now(volume: Volume) -> int:
+    """Sequence of the base volume's journal: past everything that its stale blocks can hold.
+
+    Without it one of them could look like the next transaction of the restored journal.  A filesystem too damaged
+    to tell has no journal that anybody replays before the restore is done.
+    """
+    try:
+        journal = volume.filesystem().journal
+    except ExtsnapError:
+        return 1 << 30
+    return journal.sequence if journal else 0
 
 
 def complete(volume: Volume) -> None:
@@ -201,7 +240,7 @@ def _write_equal(volume: Volume, view: View, blocks: Ints) -> None:
     engine, size = volume.require_engine(), volume.block_size
     for start, count in runs_of(blocks).tolist():
         offset = start * size
-        length = min(count * size, volume.size - offset)
+        length = min(count * size, view.size - offset)
         wanted, found = view.pread(offset, length), engine.pread(offset, length)
         if wanted == found:
             continue

@@ -46,6 +46,8 @@ NO_FLAGS = fmt.SlotFlags(0)
 NO_BLOCKS: Ints = np.zeros(0, np.int64)
 #: The two slots are the first two logical blocks of the store.
 SLOT_BLOCKS = 2
+#: Content that moves is copied in pieces of this many bytes.
+CARRY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -456,6 +458,25 @@ class Store:
         for index, count in zip(first.tolist(), length.tolist(), strict=True):
             self.device.readinto(int(physical[index]) * size, view[index * size : (index + count) * size])
         return out
+
+    def carry(self, extents: Extents) -> None:
+        """Copy the content of logical blocks that ``extents`` has elsewhere to there; durable at the next commit."""
+        old = self._map
+        both = np.concatenate([old, extents])
+        cuts = distinct(np.concatenate([both[:, 0], both[:, 0] + both[:, 2]]))
+        starts, lengths = cuts[:-1], np.diff(cuts)
+        places = []
+        for rows in (old, extents):
+            which = np.maximum(np.searchsorted(rows[:, 0], starts, "right") - 1, 0)
+            shift = starts - rows[which, 0]
+            places.append(np.where((shift >= 0) & (shift < rows[which, 2]), rows[which, 1] + shift, -1))
+        moved = (places[0] >= 0) & (places[1] >= 0) & (places[0] != places[1])
+        size = self.block_size
+        for source, target, count in np.stack([*places, lengths], axis=1)[moved].tolist():
+            for done in range(0, count, CARRY_BYTES // size):
+                length = min(CARRY_BYTES // size, count - done) * size
+                self.device.pwrite((target + done) * size, self.device.pread((source + done) * size, length))
+        self._unsynced = True
 
     # -- blobs ------------------------------------------------------------------------------------------
 

@@ -163,6 +163,8 @@ def export(volume: Volume, name: str, out: str, force: bool = False) -> dict[str
 def strip(volume: Volume) -> dict[str, Any]:
     """Remove all snapshots, the store and the guard."""
     volume.require_trusted()
+    if volume.stale is not None:
+        edit.set_up(volume)  # puts one in its place that is known to the last block, and is removed like any
     count = len(volume.snapshot_list())
     if volume.store is not None:
         if count:

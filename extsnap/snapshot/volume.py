@@ -33,6 +33,7 @@ from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free
 from extsnap.errors import (
     ExtsnapError,
+    FormatError,
     InvalidName,
     NeedsRecovery,
     NotExtError,
@@ -49,12 +50,15 @@ from extsnap.ext.magic import recognise
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import Engine
-from extsnap.snapshot.medium import Medium, SuperblockState
+from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
 from extsnap.snapshot.moment import fingerprint, preserved, require_clean
-from extsnap.snapshot.store import Store
+from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View, ViewFile
+from extsnap.snapshot.warden import Warden
 
 NAME_BYTES_MAX = 255
+#: Bytes; a stray seek must not make bitmaps that fill the memory.
+LARGEST_VOLUME = 64 << 40
 
 
 def validate_name(name: str) -> str:
@@ -118,6 +122,7 @@ class Volume:
     """An opened image.  Use `Volume.open`.
 
     Attributes:
+        stale: The header of a store without snapshots that the filesystem has elsewhere or no more.
         path: Absolute path of the image.
         name: The same with the partition, as the command line takes both; for messages.
         offset: Where the volume begins in the image, in bytes.
@@ -156,6 +161,7 @@ class Volume:
         self._copied_before = 0
         self.needs_replay = False
         self.outside_write = False
+        self._warden: Warden | None = None
         self._lost = False  # a failed reload: without the engine nothing would be copied
         self._load()
         if writable:
@@ -227,6 +233,7 @@ class Volume:
         self.medium = Medium(self._device)
         self.size = self.medium.size
         self.store = self.engine = None
+        self.stale: Root | None = None
         if not self.medium.offsets:
             found, hint = recognise(self._device)
             what = f"{found}, not ext2, ext3 or ext4" if found else "no ext2, ext3 or ext4 filesystem"
@@ -253,6 +260,24 @@ class Volume:
         store = Store.load(self.medium.device, slots, self.block_size, writable=self.writable)
         self.medium.set_offsets(store.root.superblocks)
         self.adopt(store)
+        if self.writable and not self.medium.state.mark:
+            self._forget_stale()
+
+    def _forget_stale(self) -> bool:
+        """Give up a store without snapshots that the filesystem has elsewhere, or no more: its word counts."""
+        store = self.require_store()
+        if self.require_engine().snapshots:
+            return False
+        fs = Filesystem.open(self.medium)
+        try:
+            if graft.is_whole(fs, store.root) and graft.is_marked_used(fs, store.root):
+                return False
+        except FormatError:  # a damaged bitmap is not the store's fault, and found again by whoever needs it
+            return False
+        self.stale = store.root
+        self.medium.offsets = []
+        self.store = self.engine = None
+        return True
 
     def _slots_by_path(self, fs: Filesystem) -> tuple[int, int] | None:
         """Where the slots are by ``/.extsnap/store``, for a superblock that lost its pointer."""
@@ -276,6 +301,12 @@ class Volume:
         if (fmt.BlobKind.SNAPSHOTS, 0) in store.root.blobs:
             table = fmt.parse_snapshots(store.read_blob(fmt.BlobKind.SNAPSHOTS, 0))
         table = [snapshot for snapshot in table if store.root.counting >> snapshot.bit & 1]
+        longest = max((snapshot.volume_bytes for snapshot in table), default=0)
+        if longest > self.size:
+            raise StoreDamaged(
+                f"{self.name} has {self.size} bytes and a snapshot of it {longest}: the image was cut",
+                hint=f"make it as long again (truncate -s {self.offset + longest}), then run extsnap check",
+            )
         self.medium.set_offsets(store.root.superblocks)
         if not self.medium.state.pointer:
             pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
@@ -319,8 +350,11 @@ class Volume:
         if fs.needs_recovery or not fs.is_clean or fs.has_errors:
             self.needs_replay = True
             return
-        self._verify_inode(fs)
-        self.settle()
+        try:
+            self._reconcile(fs)
+            self.settle()
+        except FormatError:
+            self.needs_replay = True
 
     def _detect_outside_write(self, is_open: bool) -> None:
         root = self.require_store().root
@@ -329,14 +363,39 @@ class Volume:
         if is_open or (root.fingerprint and fingerprint(self.filesystem()) != root.fingerprint):
             self.outside_write = True
 
-    def _verify_inode(self, fs: Filesystem) -> None:
-        """After a replay: the store's inode must say what the header says."""
+    def _reconcile(self, fs: Filesystem) -> None:
+        """After writes from above or a replay: filesystem and header say the same about the store again.
+
+        A tool may have given the store's blocks or inodes free in the bitmaps, and a replay may have brought back
+        the removal that the warden refused before: all that is put back.  Nodes may be elsewhere: that is fine.
+
+        Raises:
+            StoreDamaged: Files have blocks or inodes of the store now; nothing was changed.
+        """
+        store = self.require_store()
+        if not graft.is_whole(fs, store.root) or not graft.is_marked_used(fs, store.root):
+            edit.reassert(self)
+            return
+        mapping = fs.file_map(store.root.store_inode).mapping
+        if set(mapping.tolist()) != set(store.root.mapping.tolist()):
+            store.root.mapping = mapping
+
+    def retarget(self, offsets: list[int]) -> None:
+        """From the next header commit on the superblocks are at ``offsets``; the mark must be on.
+
+        One that is a superblock no more is freed of guard, mark and pointer first: then it reads the same whether
+        or not it is listed, which is what a crash before the commit leaves.
+        """
         root = self.require_store().root
-        found = fs.file_map(root.store_inode)
-        if not np.array_equal(graft.join(found.data), graft.join(root.extents)):
-            raise StoreDamaged(
-                "the store's header and its inode do not agree after the replay", hint="run extsnap check"
-            )
+        gone = sorted(set(root.superblocks) - set(offsets))
+        for at in gone:
+            if at + SUPERBLOCK_BYTES <= self.size:
+                self.medium.device.pwrite(at, self.medium.superblock(at))
+        if gone:
+            self.medium.flush()
+        root.superblocks = sorted(offsets)
+        self.medium.set_offsets(root.superblocks)
+        self.require_engine().pin()
 
     def require_trusted(self) -> None:
         """Refuse to change a volume that was written outside extsnap.
@@ -433,15 +492,29 @@ class Volume:
         if self.serving:
             if engine.snapshots and not self.medium.state.mark:
                 self._open_header()
+            self._watch()
             return
         engine.flush()
         engine.index.apply_writes()
         if store.log_position or any(level.touched for level in engine.index.levels):
             self._try_fold()
+        fs = self.filesystem()
+        offsets = self.superblock_offsets(fs)
+        if sorted(offsets) != sorted(store.root.superblocks) and (self.medium.state.mark or not engine.snapshots):
+            self.retarget(offsets)  # a tool resized the filesystem
         store.root.flags &= ~fmt.SlotFlags.OPEN
-        store.root.fingerprint = fingerprint(self.filesystem())
+        store.root.fingerprint = fingerprint(fs)
         store.commit()
         self.set_mark(False)
+
+    def _watch(self) -> None:
+        """While writes come from above and there are snapshots, a warden judges them; a replay is exempt."""
+        if not self.serving or self.needs_replay or self.engine is None or not self.engine.snapshots:
+            self._warden = None
+        elif self._warden is None:
+            self._warden = Warden(self)
+        else:
+            self._warden.locate()
 
     def _try_fold(self) -> None:
         """Write counts are worth a fold only where there is room for it: the log holds the records anyway."""
@@ -708,9 +781,14 @@ class Volume:
         if not self.outside_write:
             return []
         engine, store = self.require_engine(), self.require_store()
-        fs = self.filesystem()
+        fs, root = self.filesystem(), store.root
         require_clean(fs, self.name, self._for_e2fsprogs)
-        self._verify_inode(fs)
+        try:
+            graft.verify(fs, root)
+        except ExtsnapError as error:
+            raise StoreDamaged(
+                f"the store's header and its inode do not agree: {error.message}", hint="run extsnap check"
+            ) from error
         tainted = [replace(entry, state=fmt.State.TAINTED) for entry in engine.snapshots]
         self._write_tables(tainted)
         store.root.flags &= ~fmt.SlotFlags.OPEN
@@ -732,16 +810,40 @@ class Volume:
         return self.base.pread(offset, length)
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write the base volume; durable after `flush`."""
+        """Write the base volume; durable after `flush`.
+
+        Raises:
+            StoreProtected: It would take the store from the filesystem; nothing was written.
+            VolumeFull: There is no room for the copies; nothing was written.
+        """
+        if self._warden is not None:
+            self._warden.examine(offset, data)
         self.base.pwrite(offset, data)
 
     def punch(self, offset: int, length: int) -> None:
-        """Make a range of the base volume read as zeros."""
+        """Make a range of the base volume read as zeros; raises as `write`."""
+        if self._warden is not None:
+            self._warden.examine_punch(offset, length)
         self.base.punch(offset, length)
 
     def flush(self) -> None:
         """Everything written before is durable when this returns."""
         self.base.flush()
+
+    def grow(self, size: int) -> None:
+        """Make the volume ``size`` bytes long, as a file grows by a write past its end; what is new reads as zeros.
+
+        The image file becomes longer at once and stays so after a crash; the filesystem does not mind.
+
+        Raises:
+            OSError: ENOSPC for a partition or a block device, EFBIG past `LARGEST_VOLUME`, or the host's.
+        """
+        if size > LARGEST_VOLUME:
+            raise OSError(errno.EFBIG, f"{self.name}: {size} bytes are more than a volume may have")
+        self.medium.grow(size)
+        self.size = self.medium.size
+        if self.engine is not None:
+            self.engine.grow(self.size)
 
     def begin_serving(self, *, grow: bool = True, set_up: bool = False) -> None:
         """Get ready for writes from above: the store grows first, then mark and header say open.
@@ -767,6 +869,7 @@ class Volume:
             self._copied_before = self.require_store().available
             if self.engine.snapshots:
                 self._open_header()
+        self._watch()
 
     def _grow_ahead(self) -> None:
         """Grow the store to what the session ahead may need, and bring a volume without snapshots to rest."""
@@ -789,13 +892,22 @@ class Volume:
         """
         self.base.flush()
         self.serving = False
+        self._watch()
         if self.engine is None:
             return True
         fs = self.filesystem()
         if fs.needs_recovery or not fs.is_clean or fs.has_errors:
             return not self.engine.snapshots
         self.needs_replay = False
-        self._verify_inode(fs)
+        if self._forget_stale():
+            return True
+        try:
+            self._reconcile(fs)
+        except FormatError as error:
+            raise NeedsRecovery(
+                f"{self.name}: its filesystem was left damaged: {error.message}",
+                hint=f"run extsnap run {self.name} -- e2fsck -fy {{}}, or restore a snapshot",
+            ) from error
         store = self.require_store()
         used = max(0, self._copied_before - store.available)
         spare = self.engine.room() - MINIMUM_ROOM

@@ -101,7 +101,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     """Replace the session by a fake one."""
     fake = FakeSession()
 
-    def open_session(image: str, *, writable: bool, partition: int | None = None) -> FakeSession:
+    def open_session(
+        image: str, *, writable: bool, partition: int | None = None, as_it_is: bool = False
+    ) -> FakeSession:
         fake.at(partition).opened.append((image, writable))
         answer = fake.answers.get("open")
         if isinstance(answer, BaseException):

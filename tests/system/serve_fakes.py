@@ -91,6 +91,10 @@ class FakeVolume:
         if _libc.fallocate(self._fd, _KEEP_SIZE_PUNCH_HOLE, offset, length) != 0:
             raise OSError(ctypes.get_errno(), "punch")
 
+    def grow(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+        self.size = size
+
     def flush(self) -> None:
         os.fdatasync(self._fd)
 

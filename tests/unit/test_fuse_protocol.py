@@ -58,6 +58,11 @@ class Volume:
     def punch(self, offset: int, length: int) -> None:
         self.data[offset : offset + length] = bytes(length)
 
+    def grow(self, size: int) -> None:
+        if size > 2 * SIZE:
+            raise OSError(errno.ENOSPC, "fixed")
+        self.data.extend(bytes(size - self.size))
+
     def flush(self) -> None:
         self.flushes += 1
         if self.flush_error:
@@ -230,8 +235,10 @@ def test_reads_and_writes_at_the_end(kernel: Kernel) -> None:
     assert kernel.read(fuse.VOLUME_NODE, SIZE - 10, 4096) == (0, bytes(10))
     assert kernel.read(fuse.VOLUME_NODE, SIZE, 4096) == (0, b"")
     assert kernel.read(fuse.VOLUME_NODE, SIZE + 5000, 4096) == (0, b"")
-    assert kernel.write(fuse.VOLUME_NODE, SIZE - 2, b"abcd") == (0, 2)
-    assert kernel.write(fuse.VOLUME_NODE, SIZE, b"a") == (errno.EFBIG, 0)
+    assert kernel.write(fuse.VOLUME_NODE, SIZE - 2, b"abcd") == (0, 4), "a write past the end makes the volume longer"
+    assert kernel.read(fuse.VOLUME_NODE, SIZE - 2, 4096) == (0, b"abcd")
+    assert kernel.write(fuse.VOLUME_NODE, 3 * SIZE, b"a") == (errno.ENOSPC, 0), "this one has a fixed size"
+    assert kernel.read(fuse.VOLUME_NODE, SIZE - 2, 4096) == (0, b"abcd")
 
 
 def test_a_close_that_cannot_flush_leaves_it_to_the_next(kernel: Kernel, volume: Volume) -> None:
@@ -288,18 +295,25 @@ def test_punch_hole_and_zero_range(kernel: Kernel, volume: Volume) -> None:
     assert fallocate(65536, 4096, 0x10) == 0
     assert fallocate(SIZE - 4096, 8192, 0x11) == 0
     assert volume.data.count(0) == 8192 + 4096 + 4096
-    assert fallocate(SIZE - 4096, 8192, 0x10) == errno.EFBIG
+    assert len(volume.data) == SIZE, "keep size"
+    assert fallocate(SIZE - 4096, 8192, 0x10) == 0
+    assert len(volume.data) == SIZE + 4096
+    assert fallocate(4 * SIZE, 8192, 0x10) == errno.ENOSPC
     for mode in (0, 1, 2 | 0x08, 0x08, 0x20):
         assert fallocate(0, 4096, mode) == errno.EOPNOTSUPP
 
 
-def test_size_mode_and_owner_stay(kernel: Kernel) -> None:
+def test_only_the_size_changes_and_only_upwards(kernel: Kernel, volume: Volume) -> None:
     def setattr_(valid: int, size: int = 0, node: int = fuse.VOLUME_NODE) -> int:
         return kernel.ask(fuse.SETATTR, node, fuse.SETATTR_IN.pack(valid, 0, 0, size, *[0] * 12))[0]
 
     assert setattr_(fuse.FATTR_SIZE, SIZE) == 0
     assert setattr_(fuse.FATTR_SIZE, 0) == errno.EPERM
-    assert setattr_(fuse.FATTR_SIZE, SIZE * 2) == errno.EOPNOTSUPP
+    assert setattr_(fuse.FATTR_SIZE, SIZE * 3) == errno.ENOSPC
+    assert len(volume.data) == SIZE
+    assert setattr_(fuse.FATTR_SIZE, SIZE * 2) == 0
+    assert len(volume.data) == SIZE * 2
+    assert setattr_(fuse.FATTR_SIZE, SIZE) == errno.EPERM
     assert setattr_(fuse.FATTR_MODE) == errno.EPERM
     assert setattr_(1 << 7) == 0, "touch"
     assert setattr_(1 << 7, node=fuse.ROOT_NODE) == errno.EROFS

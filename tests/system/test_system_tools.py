@@ -1,0 +1,193 @@
+"""Other tools on the served volume: whatever they do, every snapshot stays exact, or they are stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import oracle
+import pytest
+from arena import arena, make_volume
+
+import extsnap
+from extsnap.snapshot.volume import Volume
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "ext2": ("ext2", "", ("-b", "1024")),
+    "ext3": ("ext3", "", ("-b", "1024")),
+    "ext4": ("ext4", "", ("-b", "1024", "-E", "resize=300000")),
+    "ext4-seed": ("ext4", "metadata_csum_seed,orphan_file", ("-b", "1024")),
+    "ext4-4k": ("ext4", "", ("-b", "4096")),
+    # Without reserved descriptors, a table that grows pushes inode tables and data aside.
+    "ext4-no-reserve": ("ext4", "^resize_inode", ("-b", "1024", "-g", "1024", "-N", "512")),
+    "ext4-meta-bg": ("ext4", "^resize_inode,meta_bg", ("-b", "1024", "-g", "2048", "-N", "512")),
+    "ext4-two-backups": ("ext4", "sparse_super2,^resize_inode", ("-b", "1024")),
+}
+MEBIBYTES = 40
+#: Tools that leave the volume clean: (kind, command, statuses that are fine).
+HARMLESS: dict[str, tuple[str, str, set[int]]] = {
+    "grow-ext2": ("ext2", "resize2fs {} 90M", {0}),
+    "grow-ext3": ("ext3", "resize2fs {} 90M", {0}),
+    "grow-ext4": ("ext4", "resize2fs {} 200M", {0}),
+    "grow-4k": ("ext4-4k", "resize2fs {} 300M", {0}),
+    "grow-two-backups": ("ext4-two-backups", "resize2fs {} 90M", {0}),
+    "grow-meta-bg": ("ext4-meta-bg", "resize2fs {} 90M", {0}),
+    "shrink": ("ext4", "resize2fs {} 36M", {0}),
+    "shrink-two-backups": ("ext4-two-backups", "resize2fs {} 30M", {0}),
+    "to-32-bit": ("ext4", "resize2fs -s {}", {0}),
+    "label": ("ext4", "tune2fs -L new {}", {0}),
+    "uuid": ("ext4-seed", "tune2fs -U 3e6be9de-8139-4a1f-9106-a43f08d823a6 {}", {0}),
+    "drop-journal": ("ext4", "tune2fs -O ^has_journal {}", {0}),
+    "add-journal": ("ext2", "tune2fs -O has_journal {}", {0}),
+    "drop-checksums": ("ext4", "tune2fs -O ^metadata_csum {}", {0}),
+    "add-extents": ("ext3", "tune2fs -O extents,dir_nlink,extra_isize,uninit_bg {}", {0}),
+    "add-quota": ("ext4-4k", "tune2fs -O quota {}", {0}),
+    "optimise": ("ext4", "e2fsck -fyD {}", {0, 1}),
+    "debugfs": ("ext2", "debugfs -w -f SCRIPT {}", {0}),
+    "kill": ("ext4-4k", "debugfs -w -f KILL {}", {0}),
+    "zerofree": ("ext3", "zerofree {}", {0}),
+}
+pytestmark = pytest.mark.system
+
+
+def volume_of(kind: str, top: Path) -> Path:
+    """A new volume with a few dozen files."""
+    base, features, options = KINDS[kind]
+    content = random.Random(kind)
+    files = {f"file{number}": content.randbytes(content.randrange(1, 60_000)) for number in range(40)}
+    return make_volume(top / "disk.img", base, MEBIBYTES, *options, features=features, files=files)
+
+
+def words(command: str, top: Path) -> list[str]:
+    """The command's words; SCRIPT is a script for debugfs that overwrites, adds and removes."""
+    (top / "new").write_bytes(os.urandom(300_000))
+    lines = [f"write {top / 'new'} new", "rm file3", "mkdir d", *(f"zap_block -f file7 -p 85 {n}" for n in range(3))]
+    (top / "script").write_text("".join(f"{line}\n" for line in lines))
+    (top / "kill").write_text("kill_file /.extsnap/store\n")
+    command = command.replace("KILL", str(top / "kill"))
+    return command.replace("SCRIPT", str(top / "script")).split()
+
+
+class History:
+    """Snapshots of one image, each with the copy of the image that was taken right after it."""
+
+    def __init__(self, image: Path, top: Path) -> None:
+        self.image = image
+        self.top = top
+        self.copies: dict[str, Path] = {}
+
+    def create(self, name: str) -> None:
+        with extsnap.open(self.image) as volume:
+            volume.create(name)
+        self.copies[name] = oracle.copy_image(self.image, self.top / f"{name}.copy")
+        oracle.assert_clean(self.image)
+
+    def judge(self) -> None:
+        """Every view equals its copy and is clean, and so are the base volume and the store."""
+        oracle.assert_clean(self.image)
+        with extsnap.open(self.image, writable=False) as volume:
+            assert volume.verb("check")["store"]["ok"]
+        self.judge_views()
+
+    def judge_views(self) -> None:
+        with extsnap.open(self.image, writable=False) as volume:
+            for name, copy in self.copies.items():
+                view = self.top / "view"
+                write_view(volume, name, view)
+                oracle.assert_view_is_copy(view, copy)
+                oracle.assert_clean(view)
+                view.unlink()
+
+    def restore(self, name: str) -> None:
+        with extsnap.open(self.image) as volume:
+            volume.verb("restore", name=name)
+        self.judge()
+        oracle.assert_same_tree(oracle.tree_of_image(self.copies[name]), oracle.tree_of_image(self.image))
+
+
+def write_view(volume: Volume, name: str, out: Path) -> None:
+    with volume.snapshots[name].open() as file, out.open("wb") as target:
+        while piece := file.read(1 << 22):
+            if any(piece):
+                target.write(piece)
+            else:
+                target.seek(len(piece), os.SEEK_CUR)
+        target.truncate()
+
+
+@pytest.mark.parametrize("case", list(HARMLESS))
+def test_a_tool_between_two_snapshots(case: str, run_cli: Cli) -> None:
+    """Snapshot, tool, snapshot, back to the first and on to the second; at the end nothing of extsnap is left."""
+    kind, command, fine = HARMLESS[case]
+    with arena() as top:
+        history = History(volume_of(kind, top), top)
+        history.create("one")
+        before = oracle.superblock_facts(history.image)
+        done = run_cli("run", history.image, "--", *words(command, top), status=None)
+        assert done.returncode in fine, done.stdout + done.stderr
+        history.judge()
+        if done.returncode == 0 and 1 not in fine and case not in ("debugfs", "zerofree"):
+            assert oracle.superblock_facts(history.image) != before, "the tool did nothing"
+        history.create("two")
+        history.judge()
+        history.restore("one")
+        now = oracle.superblock_facts(history.image)
+        for fact in ("Filesystem UUID", "Filesystem volume name", "Block count", "Inode size"):
+            assert now.get(fact) == before.get(fact), fact
+        history.restore("two")
+        with extsnap.open(history.image) as volume:
+            volume.verb("strip")
+        oracle.assert_clean(history.image)
+        assert not oracle.debugfs_knows(history.image, "/.extsnap")
+        oracle.assert_same_tree(oracle.tree_of_image(history.copies["two"]), oracle.tree_of_image(history.image))
+
+
+#: Tools that would move, free or remove the store, or all of the volume.
+HARMFUL = {
+    "rm": ("ext4", "debugfs -w -R 'rm /.extsnap/store' {}"),
+    "unlink": ("ext3", "debugfs -w -R 'unlink /.extsnap/store' {}"),
+    "clear": ("ext2", "debugfs -w -R 'clri /.extsnap/store' {}"),
+    "truncate": ("ext3", "debugfs -w -R 'punch /.extsnap/store 10' {}"),
+    "larger-inodes": ("ext3", "tune2fs -I 512 {}"),
+    "shrink-to-the-least": ("ext2", "resize2fs -fM {}"),
+    "new-filesystem": ("ext4", "mke2fs -Fq {}"),
+    "another-filesystem": ("ext2", "mkswap {}"),
+    "zeros": ("ext4", "dd if=/dev/zero of={} bs=64k count=400 conv=notrunc status=none"),
+}
+
+
+
+@pytest.mark.parametrize("case", list(HARMFUL))
+def test_a_tool_that_would_take_the_store_is_stopped(case: str, run_cli: Cli) -> None:
+    """No snapshot is damaged, ``--atomic`` brings the volume back, and without it a restore does."""
+    kind, command = HARMFUL[case]
+    with arena() as top:
+        history = History(volume_of(kind, top), top)
+        history.create("one")
+        fill_served(run_cli, history.image)
+        history.create("two")
+        tree = oracle.tree_of_image(history.image)
+        line = ["sh", "-c", command.replace("{}", "$0"), "{}"]
+        done = run_cli("run", "--atomic", history.image, "--", *line, status=None)
+        assert done.returncode != 0, "it calls itself successful"
+        assert "refused" in done.stderr, done.stderr
+        assert "the volume was restored" in done.stderr
+        history.judge()
+        oracle.assert_same_tree(tree, oracle.tree_of_image(history.image))
+        done = run_cli("run", history.image, "--", *line, status=None)
+        assert done.returncode != 0
+        history.judge_views()
+        run_cli("restore", "--no-safety", history.image, "two")
+        history.judge()
+        oracle.assert_same_tree(tree, oracle.tree_of_image(history.image))
+
+
+def fill_served(run_cli: Cli, image: Path) -> None:
+    """Remove every second file: the snapshot before has them to keep, and the store has gaps around it."""
+    commands = "\\n".join(f"rm file{number}" for number in range(0, 40, 2))
+    run_cli("run", image, "--", "sh", "-c", f"printf '{commands}\\n' | debugfs -w -f - $0", "{}")
