@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bitmap_runs, breaks_to_runs, runs_of, set_runs, test_bits
+from extsnap.arrays import Bits, Ints, bitmap_runs, breaks_to_runs, distinct, runs_of, set_runs, test_bits
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 #: Room for copies that a volume with snapshots always has, in blocks: the next edit's own metadata needs it.
 MINIMUM_ROOM = 96
+NO_RUNS: Ints = np.zeros((0, 2), np.int64)
 LOG_BYTES_MINIMUM = 64 << 10
 LOG_BYTES_MAXIMUM = 4 << 20
 
@@ -196,9 +197,10 @@ def _without(root: Root, runs: Ints) -> Extents:
 
 
 def move(volume: Volume, blocks: Ints, *avoid: Bits) -> None:
-    """Move the store's content out of ``blocks`` (physical, sorted) into others.  The mark goes on and stays on.
+    """Move the store out of ``blocks`` (physical, sorted): content goes elsewhere, free ones are given back.
 
-    The new ones are needed by no snapshot, so that writing them under the engine hurts nobody: see `finish`.
+    The mark goes on and stays on.  The new blocks are needed by no snapshot, so that writing them under the engine
+    hurts nobody: see `finish`.
 
     Args:
         avoid: uint8[groups, row_bytes] each, blocks not to move into.
@@ -207,23 +209,37 @@ def move(volume: Volume, blocks: Ints, *avoid: Bits) -> None:
         VolumeFull: There is no room for them; nothing was changed.
         RestoreRefused: They hold a slot of the header, which never moves.
     """
-    store = volume.require_store()
-    fs = Filesystem.open(volume.require_engine())
+    engine, store = volume.require_engine(), volume.require_store()
+    fs = Filesystem.open(engine)
+    unit = fs.geometry.cluster_blocks
     logical = np.sort(store.logical(blocks))
     if logical[0] < SLOT_BLOCKS:
         raise RestoreRefused(
             "the header of the store is in the way; nothing was changed", hint="export the snapshot instead"
         )
-    runs = fs.find_free(len(blocks), avoid=[volume.needed_groups(fs), *avoid])
-    if int(runs[:, 1].sum()) < len(blocks):
+    free = store.is_available(logical)
+    # So many free ones come along that the change itself has room.
+    short = engine.reserve() + MINIMUM_ROOM - (store.available - int(free.sum()))
+    free &= np.cumsum(free) > short
+    moves = np.isin(logical // unit, distinct(logical[~free] // unit))  # a cluster moves whole
+    count = int(moves.sum())
+    runs = fs.find_free(count, avoid=[volume.needed_groups(fs), *avoid]) if count else NO_RUNS
+    if int(runs[:, 1].sum()) < count:
         raise VolumeFull(
-            f"{len(blocks)} blocks of the store must move and only {int(runs[:, 1].sum())} blocks are free that no "
+            f"{count} blocks of the store must move and only {int(runs[:, 1].sum())} blocks are free that no "
             f"snapshot needs; nothing was changed",
             hint="delete a snapshot, or export this one instead",
         )
-    left = runs_of(logical)
-    wanted = graft.join(np.concatenate([_without(store.root, left), graft.map_runs(left, runs)]))
-    resize(volume, wanted, fmt.PendingKind.MOVE)
+    wanted = _without(store.root, runs_of(logical))
+    if count:
+        wanted = graft.join(np.concatenate([wanted, graft.map_runs(runs_of(logical[moves]), runs)]))
+    given_back = runs_of(logical[~moves])
+    store.withdraw(given_back)
+    try:
+        resize(volume, wanted, fmt.PendingKind.MOVE)
+    except VolumeFull:
+        store.put_back(given_back)
+        raise
 
 
 def remove(volume: Volume) -> None:
@@ -266,9 +282,12 @@ def finish(volume: Volume) -> None:
     pending = store.root.pending
     if pending is None:
         return
-    for offset, data in _parse_redo(store.read_blob(fmt.BlobKind.REDO, 0), volume.block_size, engine):
-        engine.pwrite(offset, data)
-    engine.flush()
+    if pending.kind != fmt.PendingKind.STRIP:
+        store.withdraw_all_but(pending.extents)  # whoever finds it pending at open has them all
+    with engine.own_edit():
+        for offset, data in _parse_redo(store.read_blob(fmt.BlobKind.REDO, 0), volume.block_size, engine):
+            engine.pwrite(offset, data)
+        engine.flush()
     if pending.kind == fmt.PendingKind.STRIP:
         volume.forget_store()
         return

@@ -21,6 +21,9 @@ Everything runs in one thread, so "suspending writes" is: another method of this
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 from bitarray import bitarray
@@ -52,6 +55,9 @@ class Engine:
         row_blocks: Blocks of a row of bits, a multiple of 8: as many as a group has clusters.
         first_data_block: Of the filesystem.
         snapshots: The living snapshots.
+
+    Attributes:
+        spared: Blocks of the store that writes leave alone, so that its own next edit (growth) has room.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Engine:
         self._held_cost = 0
         self._overwrites_due = False
         self.recovered_batch: Level | None = None
+        self.spared = 0
         self.set_snapshots(snapshots)
 
     # -- state ------------------------------------------------------------------------------------------
@@ -308,8 +315,17 @@ class Engine:
 
     def room(self) -> int:
         """Copy blocks that can still be promised to writes; each brings a record that the next fold writes."""
-        spare = max(0, self.store.available - self.reserve())
+        spare = max(0, self.store.available - self.reserve() - self.spared)
         return spare * self.block_size // (self.block_size + _RECORD_BYTES) - self._held_cost
+
+    @contextlib.contextmanager
+    def own_edit(self) -> Iterator[None]:
+        """What is written inside is an edit of the store itself: it may use all of the room."""
+        spared, self.spared = self.spared, 0
+        try:
+            yield
+        finally:
+            self.spared = spared
 
     def blocks_to_preserve(self) -> int:
         """Blocks that would be copied if all of the volume were overwritten now: at most, see `rebuild_need`."""
@@ -563,6 +579,9 @@ class Engine:
 
         The old blobs and the old log count until the header commit; the caller's with ``commit=False``.
         With ``counts``, levels whose write counts moved are written again too.
+
+        Raises:
+            VolumeFull: There is no room; the index and the root are as before.
         """
         self.index.apply_writes()
         for level in self.index.levels:
@@ -573,6 +592,14 @@ class Engine:
         kept = [level for level in levels if level.stored >= 0]
         while kept and len(kept[-1]) < 2 * sum(map(len, fresh)):
             fresh.append(kept.pop())
+        size, table = self.block_size, 8 + self.masks.rows.nbytes
+        sizes = (sum(map(len, fresh)) * fmt.RECORD_DTYPE.itemsize, sum(len(level.crcs) for level in fresh) * 4, table)
+        needed = sum(-(-length // size) for length in sizes)
+        if needed > self.store.available:  # asked first: whoever commits next would commit half of a fold
+            raise VolumeFull(
+                f"the store has {self.store.available} free blocks and its index needs {needed}",
+                hint="delete a snapshot or free space in the volume",
+            )
         blobs = self.store.root.blobs
         used = {level.stored for level in kept}
         keys = [key for kind, key in blobs if kind == fmt.BlobKind.INDEX]

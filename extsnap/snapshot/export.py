@@ -66,7 +66,8 @@ def without_store(volume: Volume, view: View) -> dict[int, bytes]:
     overlay = Overlay(view, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
     # The snapshot's own moment, so that every export of it is the same.
-    graft.remove(fs, view.snapshot.created_ns // 10**9)
+    if fs.lookup(graft.PATH) is not None:  # else it was renamed, and is a file of zeros like others
+        graft.remove(fs, view.snapshot.created_ns // 10**9)
     fs.flush()
     return overlay.changes()
 

@@ -356,10 +356,15 @@ def remove_stale(fs: Filesystem, root: Root, now: int) -> None:
 
 
 def remove(fs: Filesystem, now: int) -> None:
-    """Remove ``/.extsnap`` and free everything of it."""
+    """Remove ``/.extsnap`` and free everything of it.
+
+    Raises:
+        StoreDamaged: Somebody has renamed it.
+    """
     directory, store = fs.lookup(DIRECTORY_PATH), fs.lookup(PATH)
-    if directory is not None and store is not None:
-        _remove_inodes(fs, [(store, False), (directory, True)], now)
+    if directory is None or store is None:
+        raise StoreDamaged("the store is not at /.extsnap/store any more", hint="rename it back first")
+    _remove_inodes(fs, [(store, False), (directory, True)], now)
 
 
 def _remove_inodes(fs: Filesystem, numbers: list[tuple[int, bool]], now: int) -> None:

@@ -208,6 +208,11 @@ def _sequence_now(volume: Volume) -> int:
 
 def complete(volume: Volume) -> None:
     """Steps 3 and 4 of the restore that the header intends; safe to repeat."""
+    with volume.require_engine().own_edit():
+        _complete(volume)
+
+
+def _complete(volume: Volume) -> None:
     engine, store = volume.require_engine(), volume.require_store()
     intent = store.root.restore
     if intent is None:

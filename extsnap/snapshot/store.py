@@ -34,6 +34,7 @@ from extsnap.arrays import (
     merge_runs,
     runs_of,
     set_runs,
+    test_bits,
 )
 from extsnap.blockdev.base import Buffer, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
@@ -422,6 +423,10 @@ class Store:
         if len(logical):
             self._released.append(logical)
 
+    def is_available(self, logical: Ints) -> npt.NDArray[np.bool_]:
+        """bool[n]: which logical blocks are free."""
+        return test_bits(self._available, logical)
+
     def available_runs(self) -> Ints:
         """All logical blocks that are free, as runs (start, length), sorted."""
         return bitmap_runs(self._available, len(self._available) * 8)
@@ -430,6 +435,12 @@ class Store:
         """Take free blocks (runs of logical ones) out of service for good: a shrink is going to unmap them."""
         set_runs(self._available, runs, False)
         self.available -= int(runs[:, 1].sum())
+
+    def withdraw_all_but(self, extents: Extents) -> None:
+        """Take free blocks out of service that ``extents``, of a change that is pending, does not have any more."""
+        kept = bits_of(extents[:, [0, 2]], max(len(self._available) * 8, int((extents[:, 0] + extents[:, 2]).max())))
+        self._available &= kept[: len(self._available)]
+        self.available = int(np.bitwise_count(self._available).sum())
 
     def put_back(self, runs: Ints) -> None:
         """The shrink did not happen: the blocks are free again."""

@@ -498,6 +498,7 @@ class Volume:
         engine.index.apply_writes()
         if store.log_position or any(level.touched for level in engine.index.levels):
             self._try_fold()
+        engine, store = self.require_engine(), self.require_store()  # it may have read them anew
         fs = self.filesystem()
         offsets = self.superblock_offsets(fs)
         if sorted(offsets) != sorted(store.root.superblocks) and (self.medium.state.mark or not engine.snapshots):
@@ -539,6 +540,7 @@ class Volume:
         self.serving = serving
         if self.engine is not None and self.writable:
             self.engine.rebuild_need()
+            self.engine.spared = MINIMUM_ROOM if serving else 0
 
     # -- snapshots --------------------------------------------------------------------------------------
 
@@ -866,6 +868,7 @@ class Volume:
                 self._grow_ahead()
         self.serving = True
         if self.engine is not None:
+            self.engine.spared = MINIMUM_ROOM if grow and not self.needs_replay else 0  # a replay may need it all
             self._copied_before = self.require_store().available
             if self.engine.snapshots:
                 self._open_header()
@@ -895,6 +898,7 @@ class Volume:
         self._watch()
         if self.engine is None:
             return True
+        self.engine.spared = 0
         fs = self.filesystem()
         if fs.needs_recovery or not fs.is_clean or fs.has_errors:
             return not self.engine.snapshots

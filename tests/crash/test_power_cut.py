@@ -15,6 +15,7 @@ import pytest
 from campaign import BLOCK, EVERYTHING, NOTHING, Campaign, repaired
 
 from extsnap.snapshot import edit
+from extsnap.snapshot.store import SLOT_BLOCKS
 from extsnap.snapshot.volume import Volume
 
 SECTOR_BYTES = 512
@@ -99,6 +100,14 @@ def transaction(old: bytes, new: bytes) -> tuple[bytes, bytes, bytes, int]:
     return bytes(data), logged, repaired(logged), int(survey.journal[0]) - 1
 
 
+def move(volume: Volume) -> None:
+    """The log and half of what is behind it go elsewhere, as before a restore that needs their blocks."""
+    store = volume.require_store()
+    logical = np.arange(SLOT_BLOCKS, SLOT_BLOCKS + store.root.log_blocks + 40)
+    edit.move(volume, np.sort(store.physical(logical)))
+    volume.settle()
+
+
 Action = Callable[[Campaign, Volume], object]
 LIFE: list[tuple[str, Action]] = [
     ("first create", lambda campaign, volume: volume.create("one")),
@@ -107,6 +116,7 @@ LIFE: list[tuple[str, Action]] = [
     ("end serving", lambda campaign, volume: volume.end_serving()),
     ("second create", lambda campaign, volume: volume.create("two", "a message")),
     ("growth", lambda campaign, volume: (edit.grow(volume, 400), volume.settle())),
+    ("move", lambda campaign, volume: move(volume)),
     ("begin serving again", lambda campaign, volume: volume.begin_serving()),
     ("a kernel's writes", lambda campaign, volume: kernel_session(campaign)),
     ("create while serving", lambda campaign, volume: volume.create("three")),
@@ -121,7 +131,16 @@ LIFE: list[tuple[str, Action]] = [
     ("strip", lambda campaign, volume: volume.verb("strip")),
 ]
 
-EVERY_OPERATION = {"first create", "second create", "growth", "create while serving", "delete", "restore", "strip"}
+EVERY_OPERATION = {
+    "first create",
+    "second create",
+    "growth",
+    "move",
+    "create while serving",
+    "delete",
+    "restore",
+    "strip",
+}
 
 
 def lived(kind: str) -> Campaign:

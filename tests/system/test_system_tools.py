@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import disks
 import oracle
 import pytest
 from arena import arena, make_volume
@@ -191,3 +193,182 @@ def fill_served(run_cli: Cli, image: Path) -> None:
     """Remove every second file: the snapshot before has them to keep, and the store has gaps around it."""
     commands = "\\n".join(f"rm file{number}" for number in range(0, 40, 2))
     run_cli("run", image, "--", "sh", "-c", f"printf '{commands}\\n' | debugfs -w -f - $0", "{}")
+
+
+def backups(image: Path) -> list[int]:
+    """Blocks of the backup superblocks, as dumpe2fs has them."""
+    text = subprocess.run(["dumpe2fs", image], capture_output=True, text=True, check=True).stdout
+    words = text.replace(",", " ").split()
+    marks = [index for index in range(len(words) - 3) if words[index : index + 3] == ["Backup", "superblock", "at"]]
+    return [int(words[index + 3]) for index in marks]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "ext4-two-backups"])
+def test_new_backups_carry_the_guard(kind: str, run_cli: Cli) -> None:
+    """... and what was one is freed of it, for whoever has the block then."""
+    with arena() as top:
+        history = History(volume_of(kind, top), top)
+        history.create("one")
+        size = oracle.volume_facts(history.image).block_size
+        before = backups(history.image)
+        run_cli("run", history.image, "--", "resize2fs", "{}", "100M")
+        after = backups(history.image)
+        assert set(after) - set(before), "no new backup: this test would show nothing"
+        for block in sorted({*before, *after}):
+            found = subprocess.run(
+                ["dumpe2fs", "-h", "-o", f"superblock={block}", "-o", f"blocksize={size}", history.image],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if block in after:
+                assert "read-only" in found.stdout, f"the backup in block {block} has no guard"
+            else:
+                assert "read-only" not in found.stdout, f"block {block} is no backup and has the guard"
+        history.judge()
+
+
+def test_a_restore_that_the_store_is_in_the_way_of(run_cli: Cli) -> None:
+    """The volume grew, the store took blocks past the old end and holds copies there: back and forth all the same."""
+    with arena() as top:
+        history = History(volume_of("ext4", top), top)
+        history.create("small")
+        run_cli("run", history.image, "--", "resize2fs", "{}", "120M")
+        for name, size in (("filler", 30 << 20), ("big0", 9 << 20), ("big1", 9 << 20)):
+            (top / name).write_bytes(random.Random(name).randbytes(size))
+        scripts = [f"write {top / 'filler'} filler", "ls", f"rm filler\nwrite {top / 'big0'} big0"]
+        scripts.append(f"rm big0\nwrite {top / 'big1'} big1")
+        for number, script in enumerate(scripts):
+            # The store grows when "ls" begins: the filler stands where it would go first.
+            (top / "script").write_text(f"{script}\n")
+            run_cli("run", history.image, "--", "debugfs", "-w", "-f", top / "script", "{}")
+            if number == 0:
+                history.create("filled")
+            elif number > 1:
+                history.create(f"big{number - 2}")
+            if number == 2:
+                run_cli("delete", history.image, history.copies.pop("filled").stem)
+        store = oracle.store_blocks(history.image)
+        assert store is not None
+        assert (store.data_blocks >= 40 * 1024).sum() > 1000, "the store has little past the old end"
+        for name in ("small", "big0", "small", "big1"):
+            history.restore(name)
+        run_cli("strip", history.image)
+        oracle.assert_clean(history.image)
+
+
+def test_a_small_restore_without_room_for_the_copies_is_refused(run_cli: Cli) -> None:
+    with arena() as top:
+        history = History(volume_of("ext4", top), top)
+        history.create("small")
+        run_cli("run", history.image, "--", "resize2fs", "{}", "160M")
+        for number in range(2):
+            (top / "big").write_bytes(random.Random(number).randbytes(50 << 20))
+            (top / "script").write_text(f"rm big\nwrite {top / 'big'} big\n")
+            run_cli("run", history.image, "--", "debugfs", "-w", "-f", top / "script", "{}")
+            history.create(f"big{number}")
+        free = oracle.free_count(history.image)
+        tree = oracle.tree_of_image(history.image)
+        said = run_cli("restore", history.image, "small", status=1).stderr
+        assert "must move" in said or "more than the volume has" in said, said
+        assert "nothing was changed" in said
+        history.judge()
+        oracle.assert_same_tree(tree, oracle.tree_of_image(history.image))
+        assert oracle.free_count(history.image) == free
+
+
+def test_a_partition_does_not_grow(run_cli: Cli) -> None:
+    with arena() as top:
+        mib = 1 << 20
+        parts = [(1, mib, 40 * mib), (2, 50 * mib, 8 * mib)]
+        image = disks.make(top / "disk.img", 64 * mib, disks.gpt(64 * mib, parts))
+        disks.mkfs(image, mib, 40 * mib)
+        run_cli("create", image, "one")
+        copy = oracle.copy_image(image, top / "copy.img")
+        said = run_cli("run", image, "--", "resize2fs", "{}", "60M", status=1).stderr
+        assert "The containing partition (or device) is only 40960 (1k) blocks" in said, said
+        said = run_cli("run", image, "--", "truncate", "-s", "60M", "{}", status=1).stderr
+        assert "No space left on device" in said, said
+        run_cli("check", image)
+        assert image.stat().st_size == 64 * mib
+        after, before = image.read_bytes(), copy.read_bytes()
+        assert after[: 1 << 20] == before[: 1 << 20]
+        assert after[41 * mib :] == before[41 * mib :], "a write left the partition"
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_fuse2fs_writes_through_the_served_volume(attached: bool, run_cli: Cli) -> None:
+    with arena() as top:
+        history = History(volume_of("ext4-4k", top), top)
+        history.create("one")
+        shutil.copytree("/usr/share/doc/e2fsprogs", top / "tree", symlinks=True)
+        (top / "mount").mkdir()
+        commands = (
+            f"fuse2fs -f -o fakeroot $0 {top}/mount & until mountpoint -q {top}/mount; do sleep 0.05; done; "
+            f"cp -a {top}/tree {top}/mount/ && rm {top}/mount/file1* && fusermount3 -u {top}/mount && wait $!"
+        )
+        if attached:
+            (top / "served").mkdir()
+            run_cli("attach", history.image, top / "served")
+        try:
+            run_cli("run", history.image, "--", "sh", "-c", commands, "{}")
+        finally:
+            if attached:
+                run_cli("detach", history.image)
+        history.judge()
+        assert oracle.debugfs_knows(history.image, "/tree")
+        history.create("two")
+        history.restore("one")
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext3", "ext4-4k"])
+def test_removed_through_a_kernel_mount(kind: str, run_cli: Cli) -> None:
+    """``rm -rf`` of the store as root: the kernel learns of it from an I/O error, and everything can be repaired."""
+    with arena() as top:
+        history = History(volume_of(kind, top), top)
+        history.create("one")
+        mount = top / "mount"
+        mount.mkdir()
+        run_cli("mount", history.image, mount)
+        subprocess.run(["chattr", "-i", mount / ".extsnap", mount / ".extsnap" / "store"], check=True)
+        shutil.rmtree(mount / ".extsnap")
+        os.sync()
+        run_cli("umount", mount, status=1)
+        history.judge_views()
+        if kind == "ext2":
+            run_cli("run", history.image, "--", "e2fsck", "-fy", "{}", status=1)
+        run_cli("create", history.image, "two")
+        history.judge()
+        history.restore("one")
+
+
+def test_a_store_without_snapshots_is_not_defended(run_cli: Cli) -> None:
+    """Stock tools may move or remove it; the next snapshot has a new one."""
+    with arena() as top:
+        image = volume_of("ext3", top)
+        for damage in ("rm /.extsnap/store", "rm /.extsnap/store\nrmdir /.extsnap", "kill_file /.extsnap/store"):
+            run_cli("create", image, "one")
+            run_cli("delete", image, "one")
+            oracle.debugfs_write(image, *damage.split("\n"))
+            if damage.startswith("kill"):
+                subprocess.run(["e2fsck", "-fy", image], capture_output=True, check=False)
+            oracle.assert_clean(image)
+            run_cli("create", image, "two")
+            run_cli("check", image)
+            run_cli("delete", image, "two")
+        oracle.debugfs_write(image, "rm /.extsnap/store")
+        run_cli("strip", image)
+        oracle.assert_clean(image)
+        assert not oracle.debugfs_knows(image, "/.extsnap")
+
+
+def test_an_image_that_was_cut(run_cli: Cli) -> None:
+    with arena() as top:
+        history = History(volume_of("ext4", top), top)
+        run_cli("run", history.image, "--", "truncate", "-s", "60M", "{}")
+        history.create("long")
+        os.truncate(history.image, 50 << 20)
+        said = run_cli("list", history.image, status=1).stderr
+        assert "truncate -s 62914560" in said, said
+        os.truncate(history.image, 60 << 20)
+        history.judge()
