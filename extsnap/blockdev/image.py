@@ -19,11 +19,11 @@ from typing import Literal
 
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.early import EarlyWriter
-from extsnap.errors import ExtsnapError, ImageNotFound, VolumeBusy
+from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBusy
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
-_BLKSSZGET = 0x1268
+_BLKSSZGET, _BLKROGET = 0x1268, 0x125E
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -31,6 +31,11 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 def _failure(error: OSError, operation: str, path: str, offset: int) -> OSError:
     return OSError(error.errno, f"{operation} at byte {offset} of {path} failed: {os.strerror(error.errno or 0)}")
+
+
+def _read_only(path: str, why: str) -> ImageReadOnly:
+    hint = "read it with list, export or mount --snapshot, or write to a copy"
+    return ImageReadOnly(f"{path} cannot be written: {why}", hint=hint)
 
 
 class ImageFile:
@@ -64,6 +69,7 @@ class ImageFile:
 
         Raises:
             ImageNotFound: Missing, or neither a regular file nor a block device.
+            ImageReadOnly: It can be read, and was to be written.
             ExtsnapError: No permission, or the range leaves the file.
             VolumeBusy: Another extsnap has the lock.
         """
@@ -85,9 +91,12 @@ class ImageFile:
         except FileNotFoundError as error:
             raise ImageNotFound(f"{path} does not exist", hint="check the path") from error
         except PermissionError as error:
-            hint = "check its permissions" + (" or open a copy" if writable else "")
-            raise ExtsnapError(f"{path} cannot be opened: permission denied", hint=hint) from error
+            if writable and os.access(path, os.R_OK):
+                raise _read_only(path, os.strerror(error.errno or errno.EACCES).lower()) from error
+            raise ExtsnapError(f"{path} cannot be opened: permission denied", hint="check its permissions") from error
         except OSError as error:
+            if error.errno == errno.EROFS:
+                raise _read_only(path, "it is on a read-only filesystem") from error
             if error.errno == errno.EBUSY:
                 hint = "unmount it first" + ("" if length is None else ", or name the partition's own device")
                 raise VolumeBusy(f"{path} is in use", hint=hint) from error
@@ -104,6 +113,8 @@ class ImageFile:
                 )
             self._limit = sys.maxsize if length is None else start + length
             self._is_file = stat.S_ISREG(opened.st_mode)
+            if writable and not self._is_file and self._asked_of_device(_BLKROGET):
+                raise _read_only(path, "the device is read-only")
             self._early = EarlyWriter(self._descriptor, every=_WRITE_EARLY_EVERY)
             if lock != "none":
                 self._lock(exclusive=lock == "exclusive")
@@ -134,7 +145,10 @@ class ImageFile:
         """Bytes of a logical sector of a block device; None for a file, which has none."""
         if self._is_file:
             return None
-        return int(struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))[0])
+        return self._asked_of_device(_BLKSSZGET)
+
+    def _asked_of_device(self, request: int) -> int:
+        return int(struct.unpack("i", fcntl.ioctl(self._descriptor, request, bytes(4)))[0])
 
     def _at(self, offset: int, length: int, operation: str) -> int:
         """Where ``offset`` of the range is in the file.

@@ -6,11 +6,14 @@ the kernel's view of the tree, as in the matrix tests.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import disks
@@ -92,7 +95,8 @@ def the_line(cli: Cli, image: str | Path, top: Path, other_name: Path | None = N
 
 @pytest.mark.parametrize(
     ("kind", "sparse"),
-    [("tmpfs", True), ("ext4", True), ("ext4", False), ("xfs", True), ("btrfs", True), ("btrfs", False)],
+    [("tmpfs", True), ("ext4", False), ("xfs", True), ("btrfs", True), ("btrfs", False)],
+    ids=["tmpfs", "ext4-full", "xfs", "btrfs", "btrfs-full"],
 )
 def test_an_image_on(kind: str, sparse: bool, call_cli: Cli) -> None:
     with arena() as top, hosts.host(kind, top, 128) as directory:
@@ -104,11 +108,10 @@ def test_an_image_on(kind: str, sparse: bool, call_cli: Cli) -> None:
             assert image.stat().st_blocks * 512 < VOLUME_MIB * MIB * 3 // 4
 
 
-@pytest.mark.parametrize("sector", [512, 4096])
-def test_a_loop_device(sector: int, call_cli: Cli) -> None:
+def test_a_loop_device(call_cli: Cli) -> None:
     with arena() as top:
         image = make_image(top / "disk.img")
-        with hosts.loop(image, "--sector-size", str(sector)) as device:
+        with hosts.loop(image, "--sector-size", "4096") as device:
             link = top / "by-label"
             link.symlink_to(device)
             the_line(call_cli, device, top, link)
@@ -136,3 +139,114 @@ def test_the_kernels_device_of_a_partition(call_cli: Cli) -> None:
 def outside(path: Path, place: tuple[int, int]) -> bytes:
     content = path.read_bytes()
     return content[: place[0]] + content[sum(place) :]
+
+
+# ---- places that cannot be written
+
+
+@contextmanager
+def read_only(image: Path, how: str) -> Iterator[str]:
+    """A path of an image through which nobody, root included, can write to it."""
+    if how == "mount":
+        point = image.parent / "read-only"
+        point.mkdir()
+        hosts.sh("mount", "--bind", "-o", "ro", image.parent, point)
+        try:
+            yield str(point / image.name)
+        finally:
+            hosts.sh("umount", point)
+    else:
+        with hosts.loop(image, "--read-only") as device:
+            yield device
+
+
+@pytest.mark.parametrize("how", ["mount", "device"])
+def test_reading_commands_on_what_cannot_be_written(how: str, call_cli: Cli) -> None:
+    with arena() as top:
+        image = make_image(top / "disk.img")
+        mount, served, out = top / "mount", top / "served", top / "out.img"
+        mount.mkdir()
+        served.mkdir()
+        call_cli("create", image, "one")
+        copy = oracle.copy_image(image, top / "one.copy")
+        call_cli("run", image, "--", "debugfs", "-w", "-R", "rm small", "{}")
+        before = oracle.sha256(image)
+        with read_only(image, how) as path:
+            for command in ("list", "info", "check"):
+                shown = json.loads(call_cli(command, path, "--json").stdout)
+                assert shown["snapshots"] == 1 if command == "info" else len(shown["snapshots"]) == 1
+            call_cli("check", path, "--quick")
+            for what in ("header", "log", "records", "snapshots", "bitmaps"):
+                call_cli("dump", path, what)
+            assert json.loads(call_cli("show", path, "one", "--json").stdout)["records"] > 0
+            call_cli("export", path, "one", out)
+            call_cli("mount", path, mount, "--snapshot", "one")
+            try:
+                with oracle.mounted(copy) as expected, oracle.mounted(out) as exported:
+                    oracle.assert_same_tree(oracle.tree(expected), oracle.tree(mount))
+                    oracle.assert_same_tree(oracle.tree(expected), oracle.tree(exported))
+            finally:
+                call_cli("umount", mount)
+            writing: list[tuple[str, ...]] = [("create",), ("delete", "one"), ("restore", "one"), ("strip",)]
+            writing += [("attach", str(served)), ("mount", str(mount)), ("run", "--", "true")]
+            for command, *arguments in writing:
+                said = call_cli(command, path, *arguments, status=125 if command == "run" else 1)
+                assert f"{path} cannot be written: " in said.stderr, said
+                assert "mount --snapshot" in said.stderr
+                assert said.stdout == ""
+        assert oracle.sha256(image) == before
+
+
+# ---- a host without space
+
+
+def write_durably(path: Path, mebibytes: int) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(mebibytes):
+            file.write(os.urandom(MIB))
+            os.fsync(file.fileno())
+
+
+def fill(directory: Path, left: int) -> Path:
+    """Fill a filesystem but for some bytes, and return the file that has to go."""
+    filler = directory / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(MIB // 4)):
+                pass
+        os.fsync(file.fileno())
+        file.truncate(file.seek(0, os.SEEK_END) - left)
+    return filler
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "btrfs"])
+def test_the_host_is_full(kind: str, call_cli: Cli) -> None:
+    """A sparse image promises more than its host has: what needs a new block there fails, and nothing else is lost."""
+    with arena() as top, hosts.host(kind, top, 64) as directory:
+        image = make_image(directory / "disk.img")
+        mount, served = top / "mount", top / "served"
+        mount.mkdir()
+        served.mkdir()
+        call_cli("create", image, "one")
+        copy = oracle.copy_image(image, top / "one.copy")
+        filler = fill(directory, 2 * MIB)
+        call_cli("mount", image, mount)
+        try:
+            with pytest.raises(OSError) as failure:
+                write_durably(mount / "new", 24)
+            assert failure.value.errno in (errno.ENOSPC, errno.EIO, errno.EROFS)
+        finally:
+            told = call_cli("umount", mount, status=None)
+        assert told.returncode in (0, 1), told
+        for done in (told, call_cli("list", image), call_cli("create", image, "while-full", status=None)):
+            assert not done.returncode or len(done.stderr.splitlines()) == 1, done
+        assert call_cli("export", image, "one", top / "out.img").returncode == 0
+        filler.unlink()
+        call_cli("create", image, "two")
+        oracle.assert_clean(image)
+        call_cli("attach", image, served)
+        try:
+            oracle.assert_view_is_copy(served / "snapshots" / "one", copy)
+        finally:
+            call_cli("detach", image)
+        assert json.loads(call_cli("check", image, "--json").stdout)["ok"]
