@@ -14,11 +14,12 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
 from typing import Literal
 
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.early import EarlyWriter
+from extsnap.blockdev.inuse import Span, busy, device_key, file_key
+from extsnap.blockdev.locks import lock_holder
 from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBusy
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -44,6 +45,7 @@ class ImageFile:
     Attributes:
         path: Absolute path as it was given, symbolic links not resolved.
         device_id: (st_dev, st_ino): what the lock and every comparison go by, never the path.
+        key: The same for `extsnap.blockdev.inuse`, for which a block device is one whatever node names it.
         start: First byte of the range in the file; what is read and written counts from here.
         size: Bytes.
         is_range: Whether it was opened as a part of the file, whose end is then a limit for writes too.
@@ -98,12 +100,14 @@ class ImageFile:
             if error.errno == errno.EROFS:
                 raise _read_only(path, "it is on a read-only filesystem") from error
             if error.errno == errno.EBUSY:
-                hint = "unmount it first" + ("" if length is None else ", or name the partition's own device")
-                raise VolumeBusy(f"{path} is in use", hint=hint) from error
+                end = sys.maxsize if length is None else start + length
+                raise busy(path, Span(device_key(status.st_rdev), start, end)) from error
             raise ExtsnapError(f"{path} cannot be opened: {error.strerror}", hint="check the path") from error
         try:
             opened = os.fstat(self._descriptor)
             self.device_id = (opened.st_dev, opened.st_ino)
+            is_device = stat.S_ISBLK(opened.st_mode)
+            self.key = device_key(opened.st_rdev) if is_device else file_key(opened)
             end = os.lseek(self._descriptor, 0, os.SEEK_END)
             self.start, self.is_range = start, length is not None
             self.size = end - start if length is None else length
@@ -134,7 +138,7 @@ class ImageFile:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # or it would be taken for the other one's
-            holder = _lock_holder(self.device_id, self.start, self.start + length if length else sys.maxsize)
+            holder = lock_holder(self._descriptor, self.start, self.start + length if length else sys.maxsize)
             who = f"process {holder}" if holder else "another process"
             raise VolumeBusy(
                 f"{self.path} is in use by extsnap in {who}", hint="wait for it, or end it with extsnap detach"
@@ -249,46 +253,3 @@ class ImageFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _lock_holder(device_id: tuple[int, int], start: int, end: int) -> int | None:
-    """Process whose lock is in the way of one on bytes ``start`` to ``end`` of the inode; None where it cannot be told.
-
-    The kernel tells no owner of an open-file-description lock, but shows each lock with the descriptor that has it.
-    """
-    device, inode = device_id
-    wanted = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
-    sharing = None
-    for process, fields in _locks_of_descriptors(wanted):
-        kind, low, high = fields[1], int(fields[-2]), sys.maxsize if fields[-1] == "EOF" else int(fields[-1]) + 1
-        if kind == "OFDLCK" and low < end and start < high:
-            return process
-        if kind == "FLOCK":
-            sharing = sharing or process
-    if sharing is not None:
-        return sharing
-    try:
-        with open("/proc/locks") as locks:
-            for line in locks:
-                fields = line.split()
-                if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == wanted and fields[4].isdigit():
-                    return int(fields[4])
-    except OSError:
-        return None
-    return None
-
-
-def _locks_of_descriptors(inode: str) -> Iterator[tuple[int, list[str]]]:
-    """(process, fields of a line of /proc/locks) for every lock on an inode that we may see."""
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            descriptors = os.listdir(f"/proc/{process}/fdinfo")
-        except OSError:  # gone, or somebody else's
-            continue
-        for descriptor in descriptors:
-            try:
-                with open(f"/proc/{process}/fdinfo/{descriptor}") as file:
-                    lines = [line.split()[1:] for line in file if line.startswith("lock:")]
-            except OSError:
-                continue
-            yield from ((int(process), fields) for fields in lines if len(fields) > 7 and fields[5] == inode)
