@@ -24,6 +24,9 @@ from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBus
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
+_CLONE_LEAST = 512 << 10  # bytes; shorter ones are slower than writing: docs/DECISIONS.md
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("qQQQ")  # struct file_clone_range: src_fd, src_offset, src_length, dest_offset
 _BLKSSZGET, _BLKROGET = 0x1268, 0x125E
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,6 +51,7 @@ class ImageFile:
         key: The same for `extsnap.blockdev.inuse`, for which a block device is one whatever node names it.
         start: First byte of the range in the file; what is read and written counts from here.
         size: Bytes.
+        clone_least: As `extsnap.blockdev.base.Device` has it.
         is_range: Whether it was opened as a part of the file, whose end is then a limit for writes too.
     """
 
@@ -119,6 +123,9 @@ class ImageFile:
             self._is_file = stat.S_ISREG(opened.st_mode)
             if writable and not self._is_file and self._asked_of_device(_BLKROGET):
                 raise _read_only(path, "the device is read-only")
+            # Overwriting a shared block takes a new one.  A file without holes was promised that overwrites need none.
+            has_holes = self._is_file and opened.st_blocks * 512 < opened.st_size
+            self.clone_least = _CLONE_LEAST if writable and has_holes else 0
             self._early = EarlyWriter(self._descriptor, every=_WRITE_EARLY_EVERY)
             if lock != "none":
                 self._lock(exclusive=lock == "exclusive")
@@ -235,6 +242,21 @@ class ImageFile:
         zeros = bytes(1 << 20)
         for step in range(offset, offset + length, len(zeros)):
             self.pwrite(step, zeros[: offset + length - step])
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Have the host share blocks (btrfs, xfs); its fdatasync makes that durable like any other change of the file.
+
+        Whatever fails here is not told: the caller writes instead, and hears of it then.
+        """
+        low, high = self._at(source, length, "reading"), self._at(target, length, "writing")
+        try:
+            fcntl.ioctl(self._descriptor, _FICLONERANGE, _CLONE_RANGE.pack(self._descriptor, low, length, high))
+        except OSError as error:
+            # A partition, or blocks smaller than the host's, may be aligned elsewhere: EINVAL is about this range.
+            if error.errno not in (errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                self.clone_least = 0
+            return False
+        return True
 
     def flush(self) -> None:
         """Barrier (fdatasync): everything written before is durable.

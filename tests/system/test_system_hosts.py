@@ -11,6 +11,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ import oracle
 import pytest
 from arena import arena, make_volume
 from hosts import MIB
+
+import extsnap
+from extsnap.blockdev.image import ImageFile
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -139,6 +144,82 @@ def test_the_kernels_device_of_a_partition(call_cli: Cli) -> None:
 def outside(path: Path, place: tuple[int, int]) -> bytes:
     content = path.read_bytes()
     return content[: place[0]] + content[sum(place) :]
+
+
+# ---- copies that the host shares with the blocks that they are of
+
+
+def shared_bytes(path: Path) -> int:
+    """What the host says is shared with other places, by the flags of FIEMAP (0x2000)."""
+    rows = hosts.sh("filefrag", "-e", "-b4096", path).splitlines()
+    found = [re.split(r"[:.]+\s*", row.strip()) for row in rows if re.search(r"\bshared\b", row)]
+    return sum(int(row[5]) * 4096 for row in found)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
+def test_the_hosts_power_fails_after_a_shared_copy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a flush called durable is on the host's own medium: the copies that were shared, and the overwrites."""
+    cloned = []
+    clone = ImageFile.clone
+
+    def remembered(image: ImageFile, source: int, target: int, length: int) -> bool:
+        done = clone(image, source, target, length)
+        cloned.append(length if done else 0)
+        return done
+
+    monkeypatch.setattr(ImageFile, "clone", remembered)
+    rng = random.Random(5)
+    with arena() as top:
+        backing, cut = top / f"host-{kind}.img", top / "cut.img"
+        with hosts.host(kind, top, 200) as directory:
+            image = make_image(directory / "disk.img")
+            blocks = oracle.file_blocks(image, "/big").data
+            first, length = int(blocks[0, 1]) * 4096, int(blocks[0, 2]) * 4096
+            assert length >= 4 * MIB
+            new = rng.randbytes(length)
+            with extsnap.open(image) as volume:
+                volume.create("one")
+                os.sync()
+                copy = oracle.copy_image(image, top / "one.copy")
+                volume.begin_serving()
+                volume.write(first, new)
+                volume.flush()
+                oracle.copy_image(backing, cut)  # the medium as it is now; the host is still mounted
+                volume.end_serving()
+        # Not the short pieces at the ends of what the store has in a row.
+        assert (sum(cloned) == 0) if kind == "ext4" else (sum(cloned) > length * 9 // 10), cloned
+        point = top / "after"
+        point.mkdir()
+        hosts.sh("mount", "-o", "loop", cut, point)
+        try:
+            with extsnap.open(point / "disk.img") as volume:  # recovers
+                assert volume.read(first, length) == new
+                with volume.snapshots["one"].open() as view, open(top / "view", "wb") as file:
+                    shutil.copyfileobj(view, file)
+            oracle.assert_view_is_copy(top / "view", copy)
+            oracle.assert_clean(point / "disk.img")
+        finally:
+            hosts.sh("umount", point)
+
+
+def test_an_image_without_holes_is_not_shared() -> None:
+    """Its overwrites need no space from the host, and that stays so."""
+    with arena() as top, hosts.host("xfs", top, 64) as directory:
+        for sparse in (True, False):
+            path = make_image(directory / "disk.img", sparse=sparse)
+            source = int(oracle.file_blocks(path, "/big").data[0, 1]) * 4096
+            target = VOLUME_MIB * MIB - 2 * MIB
+            with ImageFile(str(path), writable=True) as image:
+                assert bool(image.clone_least) == sparse
+                if sparse:
+                    assert image.clone(source, target, MIB)
+                    assert image.pread(target, MIB) == image.pread(source, MIB)
+                    assert shared_bytes(path) == 2 * MIB
+                    image.pwrite(source, b"changed")
+                    assert image.pread(target, 7) != b"changed"
+                    assert not image.clone(source + 512, target, MIB)
+                    assert image.clone_least, "another range may be aligned"
+            path.unlink()
 
 
 # ---- places that cannot be written
