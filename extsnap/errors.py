@@ -31,6 +31,12 @@ class ImageNotFound(ExtsnapError, FileNotFoundError):  # type: ignore[misc]  # e
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
 
+class ImageReadOnly(ExtsnapError):
+    """The image or device can be read and not written."""
+
+    errno = errno.EROFS
+
+
 class FormatError(ExtsnapError):
     """An on-disk structure is damaged or impossible.
 

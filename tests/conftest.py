@@ -178,3 +178,26 @@ def run_cli(extsnap_program: Path) -> RunCli:
         return done
 
     return run
+
+
+@pytest.fixture
+def call_cli(capfd: pytest.CaptureFixture[str]) -> RunCli:
+    """Call the same command line in this process, for tests of many commands that are not about its start.
+
+    Servers, mounts and programs are what they always are; arguments and result are as those of ``run_cli``.
+    """
+    from extsnap.cli.app import main
+
+    def call(*arguments: str | os.PathLike[str], status: int | None = 0) -> subprocess.CompletedProcess[str]:
+        words = [os.fspath(argument) for argument in arguments]
+        capfd.readouterr()
+        try:
+            ended = main(words)
+        except SystemExit as leaving:
+            ended = int(leaving.code or 0)
+        done = subprocess.CompletedProcess(words, ended, *capfd.readouterr())
+        shown = f"extsnap {' '.join(words)} ended with {ended}\n{done.stdout}{done.stderr}"
+        assert status is None or ended == status, shown
+        return done
+
+    return call

@@ -59,6 +59,12 @@ class MemoryDevice:
     def punch(self, offset: int, length: int) -> None:
         self.content[self._inside(offset, length)] = bytes(length)
 
+    clone_least = 2 * BLOCK
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        self.content[self._inside(target, length)] = self.content[self._inside(source, length)]
+        return True
+
     def flush(self) -> None:
         """What is written is there."""
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 import manifest
+import realtree
 
 MIB = 1 << 20
 OVERWRITTEN = 72 * MIB  # by each round of changes, in place
@@ -116,45 +117,17 @@ class Demo:
         """Copy as much of the source as fits, and add what a tree of a distribution does not have."""
         self.headline(f"a real tree: a copy of {self.source}")
         tree = Path("tree")
-        tree.mkdir()
         budget = self.size_mib * MIB // 4
-        count = copied = 0
-        for directory, names, files in os.walk(self.source):
-            names.sort()
-            target = tree / os.path.relpath(directory, self.source)
-            target.mkdir(exist_ok=True)
-            for name in sorted(files):
-                file = Path(directory, name)
-                try:
-                    size = file.lstat().st_size
-                    if size > 2 * MIB or not (file.is_symlink() or file.is_file()) or not os.access(file, os.R_OK):
-                        continue
-                    shutil.copy2(file, target / name, follow_symlinks=False)
-                    if self.root:
-                        os.chown(target / name, *file.lstat()[4:6], follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                count, copied = count + 1, copied + size
-            shutil.copystat(directory, target)
-            if count >= MOST_FILES or copied >= budget:
-                break
+        count, copied = realtree.copy_part(
+            self.source, tree, most_bytes=budget, most_files=MOST_FILES, owners=self.root
+        )
         if count < 1000:
             raise Failed(f"{self.source} has only {count} files to copy; name another with --tree")
         with open(tree / "archive.bin", "wb") as archive:
             while archive.tell() < OVERWRITTEN:
                 archive.write(os.urandom(MIB))
         (tree / "archive-hard-link.bin").hardlink_to(tree / "archive.bin")
-        odd = tree / "odd"
-        odd.mkdir()
-        (odd / "attributes").write_text("has extended attributes\n")
-        with contextlib.suppress(OSError):  # tmpfs has none
-            os.setxattr(odd / "attributes", "user.comment", b"kept as well")
-        (odd / "sparse").write_bytes(b"")
-        os.truncate(odd / "sparse", 50 * MIB)
-        (odd / "secret").write_text("mode 0600\n")
-        (odd / "secret").chmod(0o600)
-        if self.root:
-            os.chown(odd / "secret", 12345, 54321)
+        realtree.add_odd_files(tree / "odd", root=self.root)
         self.say(f"{count} files, {copied / MIB:.0f} MiB, and archive.bin of {OVERWRITTEN // MIB} MiB")
         return manifest.of_tree(tree)
 

@@ -46,3 +46,22 @@ class Device(ReadableDevice, Protocol):
     def flush(self) -> None:
         """Barrier: everything written before is durable when this returns."""
         ...
+
+
+class CloningDevice(Device, Protocol):
+    """A device at the bottom, which may share blocks instead of copying them (reflink)."""
+
+    @property
+    def clone_least(self) -> int:
+        """From how many bytes on `clone` is worth its call; 0 where the device cannot do it."""
+        ...
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Give ``target`` the content of ``source`` without moving bytes; independent of the source ever after.
+
+        Not durable before ``flush``, as if it had been written.
+
+        Returns:
+            False if that cannot be done here: the target then holds anything, and is to be written.
+        """
+        ...

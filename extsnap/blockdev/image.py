@@ -14,16 +14,20 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
 from typing import Literal
 
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.early import EarlyWriter
-from extsnap.errors import ExtsnapError, ImageNotFound, VolumeBusy
+from extsnap.blockdev.inuse import Span, busy, device_key, file_key
+from extsnap.blockdev.locks import lock_holder
+from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBusy
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
-_BLKSSZGET = 0x1268
+_CLONE_LEAST = 512 << 10  # bytes; shorter ones are slower than writing: docs/DECISIONS.md
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("qQQQ")  # struct file_clone_range: src_fd, src_offset, src_length, dest_offset
+_BLKSSZGET, _BLKROGET = 0x1268, 0x125E
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -33,14 +37,21 @@ def _failure(error: OSError, operation: str, path: str, offset: int) -> OSError:
     return OSError(error.errno, f"{operation} at byte {offset} of {path} failed: {os.strerror(error.errno or 0)}")
 
 
+def _read_only(path: str, why: str) -> ImageReadOnly:
+    hint = "read it with list, export or mount --snapshot, or write to a copy"
+    return ImageReadOnly(f"{path} cannot be written: {why}", hint=hint)
+
+
 class ImageFile:
     """A regular file or block device, or a range of it, with positioned reads and writes.
 
     Attributes:
         path: Absolute path as it was given, symbolic links not resolved.
         device_id: (st_dev, st_ino): what the lock and every comparison go by, never the path.
+        key: The same for `extsnap.blockdev.inuse`, for which a block device is one whatever node names it.
         start: First byte of the range in the file; what is read and written counts from here.
         size: Bytes.
+        clone_least: As `extsnap.blockdev.base.Device` has it.
         is_range: Whether it was opened as a part of the file, whose end is then a limit for writes too.
     """
 
@@ -64,6 +75,7 @@ class ImageFile:
 
         Raises:
             ImageNotFound: Missing, or neither a regular file nor a block device.
+            ImageReadOnly: It can be read, and was to be written.
             ExtsnapError: No permission, or the range leaves the file.
             VolumeBusy: Another extsnap has the lock.
         """
@@ -85,16 +97,21 @@ class ImageFile:
         except FileNotFoundError as error:
             raise ImageNotFound(f"{path} does not exist", hint="check the path") from error
         except PermissionError as error:
-            hint = "check its permissions" + (" or open a copy" if writable else "")
-            raise ExtsnapError(f"{path} cannot be opened: permission denied", hint=hint) from error
+            if writable and os.access(path, os.R_OK):
+                raise _read_only(path, os.strerror(error.errno or errno.EACCES).lower()) from error
+            raise ExtsnapError(f"{path} cannot be opened: permission denied", hint="check its permissions") from error
         except OSError as error:
+            if error.errno == errno.EROFS:
+                raise _read_only(path, "it is on a read-only filesystem") from error
             if error.errno == errno.EBUSY:
-                hint = "unmount it first" + ("" if length is None else ", or name the partition's own device")
-                raise VolumeBusy(f"{path} is in use", hint=hint) from error
+                end = sys.maxsize if length is None else start + length
+                raise busy(path, Span(device_key(status.st_rdev), start, end)) from error
             raise ExtsnapError(f"{path} cannot be opened: {error.strerror}", hint="check the path") from error
         try:
             opened = os.fstat(self._descriptor)
             self.device_id = (opened.st_dev, opened.st_ino)
+            is_device = stat.S_ISBLK(opened.st_mode)
+            self.key = device_key(opened.st_rdev) if is_device else file_key(opened)
             end = os.lseek(self._descriptor, 0, os.SEEK_END)
             self.start, self.is_range = start, length is not None
             self.size = end - start if length is None else length
@@ -104,6 +121,11 @@ class ImageFile:
                 )
             self._limit = sys.maxsize if length is None else start + length
             self._is_file = stat.S_ISREG(opened.st_mode)
+            if writable and not self._is_file and self._asked_of_device(_BLKROGET):
+                raise _read_only(path, "the device is read-only")
+            # Overwriting a shared block takes a new one.  A file without holes was promised that overwrites need none.
+            has_holes = self._is_file and opened.st_blocks * 512 < opened.st_size
+            self.clone_least = _CLONE_LEAST if writable and has_holes else 0
             self._early = EarlyWriter(self._descriptor, every=_WRITE_EARLY_EVERY)
             if lock != "none":
                 self._lock(exclusive=lock == "exclusive")
@@ -123,7 +145,7 @@ class ImageFile:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # or it would be taken for the other one's
-            holder = _lock_holder(self.device_id, self.start, self.start + length if length else sys.maxsize)
+            holder = lock_holder(self._descriptor, self.start, self.start + length if length else sys.maxsize)
             who = f"process {holder}" if holder else "another process"
             raise VolumeBusy(
                 f"{self.path} is in use by extsnap in {who}", hint="wait for it, or end it with extsnap detach"
@@ -134,7 +156,10 @@ class ImageFile:
         """Bytes of a logical sector of a block device; None for a file, which has none."""
         if self._is_file:
             return None
-        return int(struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))[0])
+        return self._asked_of_device(_BLKSSZGET)
+
+    def _asked_of_device(self, request: int) -> int:
+        return int(struct.unpack("i", fcntl.ioctl(self._descriptor, request, bytes(4)))[0])
 
     def _at(self, offset: int, length: int, operation: str) -> int:
         """Where ``offset`` of the range is in the file.
@@ -232,6 +257,21 @@ class ImageFile:
             raise _failure(error, f"growing to {size} bytes", self.path, self.size) from error
         self.size = size
 
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Have the host share blocks (btrfs, xfs); its fdatasync makes that durable like any other change of the file.
+
+        Whatever fails here is not told: the caller writes instead, and hears of it then.
+        """
+        low, high = self._at(source, length, "reading"), self._at(target, length, "writing")
+        try:
+            fcntl.ioctl(self._descriptor, _FICLONERANGE, _CLONE_RANGE.pack(self._descriptor, low, length, high))
+        except OSError as error:
+            # A partition, or blocks smaller than the host's, may be aligned elsewhere: EINVAL is about this range.
+            if error.errno not in (errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                self.clone_least = 0
+            return False
+        return True
+
     def flush(self) -> None:
         """Barrier (fdatasync): everything written before is durable.
 
@@ -249,46 +289,3 @@ class ImageFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _lock_holder(device_id: tuple[int, int], start: int, end: int) -> int | None:
-    """Process whose lock is in the way of one on bytes ``start`` to ``end`` of the inode; None where it cannot be told.
-
-    The kernel tells no owner of an open-file-description lock, but shows each lock with the descriptor that has it.
-    """
-    device, inode = device_id
-    wanted = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
-    sharing = None
-    for process, fields in _locks_of_descriptors(wanted):
-        kind, low, high = fields[1], int(fields[-2]), sys.maxsize if fields[-1] == "EOF" else int(fields[-1]) + 1
-        if kind == "OFDLCK" and low < end and start < high:
-            return process
-        if kind == "FLOCK":
-            sharing = sharing or process
-    if sharing is not None:
-        return sharing
-    try:
-        with open("/proc/locks") as locks:
-            for line in locks:
-                fields = line.split()
-                if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == wanted and fields[4].isdigit():
-                    return int(fields[4])
-    except OSError:
-        return None
-    return None
-
-
-def _locks_of_descriptors(inode: str) -> Iterator[tuple[int, list[str]]]:
-    """(process, fields of a line of /proc/locks) for every lock on an inode that we may see."""
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            descriptors = os.listdir(f"/proc/{process}/fdinfo")
-        except OSError:  # gone, or somebody else's
-            continue
-        for descriptor in descriptors:
-            try:
-                with open(f"/proc/{process}/fdinfo/{descriptor}") as file:
-                    lines = [line.split()[1:] for line in file if line.startswith("lock:")]
-            except OSError:
-                continue
-            yield from ((int(process), fields) for fields in lines if len(fields) > 7 and fields[5] == inode)

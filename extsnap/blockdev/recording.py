@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.blockdev.base import Buffer, Device
+from extsnap.blockdev.base import Buffer, CloningDevice
 
 SECTOR = 512
 SUPERBLOCK_BYTES = 1024
@@ -77,6 +77,14 @@ class MemoryDevice:
         """Zeros."""
         self.content[self._range(offset, length)] = bytes(length)
 
+    #: As a host that shares blocks, and small enough for the tests' volumes.
+    clone_least = 2048
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Copy."""
+        self.content[self._range(target, length)] = self.content[self._range(source, length)]
+        return True
+
     def flush(self) -> None:
         """Nothing to do: what is written is there."""
 
@@ -107,7 +115,7 @@ class RecordingDevice:
         size: Bytes.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CloningDevice) -> None:
         self._device = device
         self.size = device.size
         self.initial = device.pread(0, device.size)
@@ -130,6 +138,18 @@ class RecordingDevice:
         """Punch the device below, and record it."""
         self._device.punch(offset, length)
         self.log.append(Operation("punch", offset, length))
+
+    @property
+    def clone_least(self) -> int:
+        """As the device below."""
+        return self._device.clone_least
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Clone on the device below, and record it as a write: any of its sectors may be lost before the barrier."""
+        if not self._device.clone(source, target, length):
+            return False
+        self.log.append(Operation("write", target, length, self._device.pread(target, length)))
+        return True
 
     def flush(self) -> None:
         """Flush the device below, and record the barrier."""
@@ -297,7 +317,7 @@ class FaultyDevice:
 
     def __init__(
         self,
-        device: Device,
+        device: CloningDevice,
         *,
         fail_at: int,
         kind: FaultKind = "EIO",
@@ -361,6 +381,19 @@ class FaultyDevice:
                 self._device.punch(offset, self._half(offset, length))
             raise self._error("punch", offset, length)
         self._device.punch(offset, length)
+
+    @property
+    def clone_least(self) -> int:
+        """As the device below."""
+        return self._device.clone_least
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Clone on the device below, or refuse, and then the write that comes instead fails."""
+        if self._fails("write"):
+            self.failures -= self._kind != "gone"
+            self._fail_at = self.count + 1
+            return False
+        return self._device.clone(source, target, length)
 
     def flush(self) -> None:
         """Flush the device below, or fail: then nothing is promised of what came before."""

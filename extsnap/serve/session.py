@@ -25,6 +25,7 @@ from typing import Any
 
 from extsnap.errors import (
     ExtsnapError,
+    ImageReadOnly,
     NeedsRecovery,
     ServerError,
     SnapshotNotFound,
@@ -422,8 +423,8 @@ def _start_for(place: Place, *, lazy: bool) -> _Private:
     """A server for a mount; a snapshot of an image that we may not write is served all the same."""
     try:
         return _Private(place, lazy=lazy)
-    except OSError as error:
-        if isinstance(error, ExtsnapError) or not lazy or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+    except ImageReadOnly:
+        if not lazy:
             raise
         return _Private(place, writable=False)
 

@@ -8,7 +8,8 @@
     a superblock          medium, freed of guard, mark and pointer
 
 What is durable when (`commit`, run by a full hold, by `flush` and by every command):
- 1. old content -> copy blocks, records -> log; nothing else changed yet
+ 1. old content -> copy blocks, records -> log; nothing else changed yet.  Long runs are shared by the host where it
+    can (reflink): until the barrier such a copy may be missing after a crash like one that was written
  2. barrier                   a crash before it leaves a batch that may be valid with copies that are not;
                               then the base blocks still are what the batch's checksums say (nothing was overwritten)
  3. overwrites of the base    a crash from here on leaves any part of them, and every old block in its copy
@@ -494,7 +495,7 @@ class Engine:
             if self.store.log_position + need > self.store.log_bytes:
                 self.fold()
                 new_masks = self.masks.rows[self._masks_stored :]
-            self.store.write_blocks(logical, copies.reshape(-1).data)
+            self.store.write_blocks(logical, copies.reshape(-1).data, self._shareable(blocks[filled]))
             self.store.append_batch(new_masks, level.build(), crcs)
             self.medium.flush()
         except BaseException:
@@ -503,6 +504,13 @@ class Engine:
         self.store.log_advance()
         self._masks_stored = self.masks.count
         self.index.add(level)
+
+    def _shareable(self, blocks: Ints) -> Ints | None:
+        """Where on the medium the content of blocks is as a copy has it: -1 for superblocks and a ragged last block."""
+        if not self.medium.device.clone_least:
+            return None
+        partial = blocks >= self.size >> self._bits
+        return np.where(partial | np.isin(blocks + self.shift, self._superblocks), -1, blocks)
 
     def flush(self) -> None:
         """Everything written before is durable when this returns."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from extsnap.blockdev.base import Buffer, Device
+from extsnap.blockdev.base import Buffer, CloningDevice
 from extsnap.ondisk.checksum import crc32c_raw
 from extsnap.snapshot.format import POINTER_BYTES, POINTER_OFFSET
 
@@ -83,7 +83,7 @@ class Medium:
         offsets: Byte offsets of all superblocks, the primary first.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CloningDevice) -> None:
         self.device = device
         self.size = device.size
         self.offsets: list[int] = []

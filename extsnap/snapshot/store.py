@@ -36,7 +36,7 @@ from extsnap.arrays import (
     set_runs,
     test_bits,
 )
-from extsnap.blockdev.base import Buffer, Device
+from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
 
@@ -311,7 +311,7 @@ class Batch:
 class Store:
     """The committed root, the state of the logical blocks, and the ways to write both."""
 
-    def __init__(self, device: Device, root: Root) -> None:
+    def __init__(self, device: CloningDevice, root: Root) -> None:
         self.device = device
         self.root = root
         self.block_size = root.block_size
@@ -447,17 +447,41 @@ class Store:
         set_runs(self._available, runs)
         self.available += int(runs[:, 1].sum())
 
-    def write_blocks(self, logical: Ints, data: Buffer) -> None:
-        """Fill blocks (sorted) from ``data``, in few large writes.  Not durable before a barrier."""
+    def write_blocks(self, logical: Ints, data: Buffer, source: Ints | None = None) -> None:
+        """Fill blocks (sorted) from ``data``, in few large writes.  Not durable before a barrier.
+
+        Args:
+            logical: The blocks.
+            data: Their content.
+            source: Blocks of the device that have this content as well, -1 where none has: the host may share them.
+        """
         self._unsynced = True
         physical = self.physical(logical)
         view = memoryview(data).cast("B")
-        first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
         size = self.block_size
-        for index, count in zip(first.tolist(), length.tolist(), strict=True):
+        breaks = np.diff(physical, prepend=-2) != 1
+        which = np.arange(len(physical))
+        if source is not None and self.device.clone_least:
+            which = np.flatnonzero(~self._cloned(physical, source))
+            breaks = breaks[which] | (np.diff(which, prepend=-2) != 1)
+        first, length = breaks_to_runs(breaks, 1 << 62)
+        for index, count in zip(which[first].tolist(), length.tolist(), strict=True):
             piece = view[index * size : (index + count) * size]
             if len(piece):
                 self.device.pwrite(int(physical[index]) * size, piece)
+
+    def _cloned(self, physical: Ints, source: Ints) -> npt.NDArray[np.bool_]:
+        """bool[n]: the blocks that the host was made to share with their sources; only long runs are tried."""
+        done = np.zeros(len(physical), np.bool_)
+        size = self.block_size
+        breaks = (np.diff(physical, prepend=-2) != 1) | (np.diff(source, prepend=-2) != 1)
+        first, length = breaks_to_runs(breaks, 1 << 62)
+        long = (length * size >= self.device.clone_least) & (source[first] >= 0)
+        for index, count in zip(first[long].tolist(), length[long].tolist(), strict=True):
+            if not self.device.clone(int(source[index]) * size, int(physical[index]) * size, count * size):
+                break
+            done[index : index + count] = True
+        return done
 
     def read_blocks(self, logical: Ints) -> npt.NDArray[np.uint8]:
         """Content of blocks, in the order given: uint8[n, block_size]."""
@@ -597,7 +621,7 @@ class Store:
         return int(runs[0][0]), int(runs[0][1])
 
     @classmethod
-    def load(cls, device: Device, slots: tuple[int, int], block_size: int, *, writable: bool = True) -> Store:
+    def load(cls, device: CloningDevice, slots: tuple[int, int], block_size: int, *, writable: bool = True) -> Store:
         """Open the store whose slots are at the given physical blocks.
 
         Args:

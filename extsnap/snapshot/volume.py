@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from extsnap.arrays import Bits, expand
-from extsnap.blockdev.base import Buffer, Device
+from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free
 from extsnap.errors import (
@@ -135,7 +135,7 @@ class Volume:
 
     def __init__(
         self,
-        device: Device,
+        device: CloningDevice,
         *,
         path: str = "image",
         place: Place | None = None,

@@ -5,19 +5,17 @@ What is in them is judged by the kernel and e2fsck through loop devices with an 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import disks
 import pytest
 from disks import EXTENDED, LINUX, MIB
+from hosts import loop, sh
 
 import extsnap
 from extsnap.blockdev.image import ImageFile
@@ -36,21 +34,6 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     directory = tmp_path_factory.mktemp("run")
     directory.chmod(0o700)
     monkeypatch.setenv("EXTSNAP_RUNTIME_DIR", str(directory))
-
-
-def sh(*command: str | os.PathLike[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout.strip()
-
-
-@contextlib.contextmanager
-def loop(path: Path, *options: str) -> Iterator[str]:
-    device = sh("losetup", "--find", "--show", *options, str(path))
-    try:
-        yield device
-    finally:
-        sh("losetup", "-d", device)
 
 
 def kernels_view(path: Path, sector: int) -> dict[int, tuple[int, int]]:

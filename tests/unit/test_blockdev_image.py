@@ -215,7 +215,7 @@ def refusal(path: Path) -> str:
 
 def test_a_free_image_is_free(path):
     with ImageFile(str(path)) as image:
-        assert inuse.holders(image.device_id) == []
+        assert inuse.holders(inuse.Span(image.key)) == []
         inuse.require_free(image)
 
 
@@ -235,13 +235,13 @@ def test_loop_devices_and_mounts_by_inode(tmp_path):
         assert f"in use by {loop}; run losetup -d {loop} first" in said
         subprocess.run([b"mount", b"-o", b"ro", os.fsencode(loop), point], check=True)
         try:
-            status = os.stat(path)
+            key = inuse.file_key(os.stat(path))
             shown = point.decode(errors="replace")
-            assert inuse.holders((status.st_dev, status.st_ino)) == [inuse.Holder("loop", loop, (shown,))]
+            assert inuse.holders(inuse.Span(key)) == [inuse.Holder("loop", loop, (shown,))]
             assert f"{loop} mounted on {shown}; run umount {shown} && losetup -d {loop} first" in refusal(path)
             name = loop.removeprefix("/dev/")
-            assert inuse._backing(name) == (status.st_dev, status.st_ino)
-            assert inuse._backing_by_path(name) == (status.st_dev, status.st_ino)
+            assert inuse._backing(name) == key
+            assert inuse._backing_by_path(name) == key
         finally:
             subprocess.run([b"umount", point], check=True)
     finally:
@@ -301,16 +301,16 @@ def test_nothing_at_or_below_a_fuse_mount_is_touched(tmp_path, monkeypatch):
     status = os.stat(tmp_path / "served" / "volume")
     base = os.fsencode(tmp_path)
     for name in (b"/served/volume", b"/link", b"//served/./volume"):
-        assert inuse._identity(base + name, set()) == (status.st_dev, status.st_ino)
+        assert os.path.samestat(inuse._status(base + name, set()), status)
     touched = []
     lstat = os.lstat
     monkeypatch.setattr(os, "lstat", lambda name: touched.append(name) or lstat(name))
     for name in (b"/served/volume", b"/link", b"/served"):
-        assert inuse._identity(base + name, {base + b"/served"}) is None
+        assert inuse._status(base + name, {base + b"/served"}) is None
     assert not [name for name in touched if name.startswith(base + b"/served")]
     for name in (b"/loop", b"/absent"):
-        assert inuse._identity(base + name, set()) is None
-    assert inuse._identity(b"relative", set()) is None
+        assert inuse._status(base + name, set()) is None
+    assert inuse._status(b"relative", set()) is None
 
 
 def test_a_lock_is_a_flock(path):
