@@ -21,8 +21,12 @@ class Kind(StrEnum):
     atomic = "atomic"
 
 
-def call(image: str, verb: str, *, writable: bool, partition: int | None, **arguments: Any) -> dict[str, Any]:
+def call(
+    image: str, verb: str, *, writable: bool, partition: int | None, unrecovered: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """Carry out one verb on an image, served or not, and pass its notices on.
+
+    ``unrecovered``: also where the filesystem needs recovery and that fails.
 
     Raises:
         Failed: With the ExtsnapError or OSError as its cause.
@@ -30,7 +34,7 @@ def call(image: str, verb: str, *, writable: bool, partition: int | None, **argu
     with about(image):
         from extsnap.serve import session
 
-        with session.open_session(image, writable=writable, partition=partition) as opened:
+        with session.open_session(image, writable=writable, partition=partition, unrecovered=unrecovered) as opened:
             result: dict[str, Any] = opened.call(verb, **arguments)
     output.notices(result)
     return result
@@ -119,6 +123,7 @@ def delete(
             image,
             "delete",
             writable=True,
+            unrecovered=True,
             partition=partition,
             names=list(names or ()),
             kind=kind.value if kind else None,

@@ -62,6 +62,7 @@ class ServerConfig:
         private: The directory is ours: removed at the end.
         auto_end: End with the last user instead of by ``detach``.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
+        repair: What is run on the volume may be its repair.
         allow_other: Let other users in, as far as the files' modes do.
         partition: Number of the partition; 0: the whole image.
         offset: Where the volume begins in the image, in bytes.
@@ -74,6 +75,7 @@ class ServerConfig:
     private: bool = False
     auto_end: bool = False
     lazy: bool = False
+    repair: bool = False
     allow_other: bool = False
     partition: int = 0
     offset: int = 0
@@ -172,7 +174,9 @@ class Server:
     def _begin(self) -> None:
         assert self._volume is not None
         if not self._begun:
-            self._volume.begin_serving(grow=not self._recovering, set_up=not self.config.auto_end)
+            self._volume.begin_serving(
+                grow=not self._recovering, set_up=not self.config.auto_end, repair=self.config.repair
+            )
             self._begun = True
 
     def _catch_signals(self) -> None:

@@ -29,6 +29,7 @@ from extsnap.errors import (
     ServerError,
     SnapshotNotFound,
     VolumeBusy,
+    VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
 from extsnap.serve import control, moment, mounting, tools
@@ -100,16 +101,18 @@ class Session:
         return self._volume
 
 
-def open_session(image: str, *, writable: bool, partition: int | None = None) -> Session:
+def open_session(image: str, *, writable: bool, partition: int | None = None, unrecovered: bool = False) -> Session:
     """Open an image for commands.
 
     Args:
         image: Path of the image.
         writable: Whether a command may change it.  An image that carries the dirty mark is recovered first.
         partition: Number of the partition; None and 0 as `locate` takes them.
+        unrecovered: Open it all the same where that failed: for commands that leave the filesystem alone.
 
     Raises:
-        ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help.
+        ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help, VolumeFull if
+            its copies have no room.
     """
     factory = load_factory(FACTORY)
     place = _place(image, partition)
@@ -132,7 +135,13 @@ def open_session(image: str, *, writable: bool, partition: int | None = None) ->
         volume.close()
         if not attempts:
             raise _unrecoverable(place.name)
-        _recover(place)
+        try:
+            _recover(place)
+        except (NeedsRecovery, VolumeFull) as error:
+            if not unrecovered:
+                raise
+            tools.notice(str(error))
+            return Session(image, client=None, volume=factory(image, writable=True, partition=place.partition))
 
 
 def _place(image: str, partition: int | None) -> Place:
@@ -242,6 +251,14 @@ def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
     )
 
 
+def _reason(done: subprocess.CompletedProcess[str], directory: str) -> str:
+    """Why e2fsck -p gave up: what it found last before it said so."""
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    given_up = [number for number, line in enumerate(lines) if "UNEXPECTED INCONSISTENCY" in line]
+    reason = lines[given_up[0] - 1] if given_up and given_up[0] else tools.last_line(done)
+    return reason.removeprefix(f"{directory}/volume: ")
+
+
 def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """Replay the journal of a marked volume through its server, and have the mark taken off.
 
@@ -250,7 +267,7 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """
     done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
     if not 0 <= done.returncode <= moment.REPAIRED_MAX:
-        raise _unrecoverable(name, tools.last_line(done))
+        raise _unrecoverable(name, _reason(done, directory))
     if not keeper.call("server.recovered").get("clean"):
         raise _unrecoverable(name)
 
@@ -542,7 +559,7 @@ def run(
         client, hello = served
         with client:
             return _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
-    server = _Private(place)
+    server = _Private(place, repair=not atomic)
     try:
         if server.hello["needs_replay"]:
             try:
@@ -557,7 +574,7 @@ def run(
         server.abandon()
         raise
     if not server.end():
-        tools.notice(f"{place.name} still needs recovery: the next extsnap command that writes tries again")
+        tools.notice(f"{place.name} still needs recovery; run extsnap run {place.name} -- e2fsck -fy {{}}")
     return status
 
 
@@ -667,7 +684,7 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
         if at_rest.needs_replay or about.get("marked"):
             raise NeedsRecovery(
                 f"{place.name} was not closed cleanly and must be recovered before it can be checked",
-                hint=f"any command that writes does it: extsnap run {place.name} -- true",
+                hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
             )
         report = _selected(at_rest.verb("check", names=list(names)), names)
     if (quick or not report["snapshots"]) and not place.partition:

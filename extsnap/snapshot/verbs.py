@@ -16,6 +16,7 @@ from extsnap.errors import ExtsnapError
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.check import check_store
+from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -74,7 +75,13 @@ def _warnings(volume: Volume) -> list[str]:
     if volume.outside_write:
         names = ", ".join(volume.snapshot_names())
         return [f"{volume.name} was written outside extsnap; snapshots at risk: {names}"]
-    if volume.store is not None and volume.medium.state.mark and not volume.serving:
+    if volume.serving:
+        return []
+    fs = volume.filesystem()
+    undone = left_undone(fs)
+    if undone:
+        return [f"{volume.name} {undone}; {how_to_repair(volume.name)}"]
+    if volume.store is not None and volume.medium.state.mark:
         return [f"{volume.name} was not closed; the next command that writes, or extsnap run, completes it"]
     return []
 
@@ -165,6 +172,7 @@ def strip(volume: Volume) -> dict[str, Any]:
     volume.require_trusted()
     count = len(volume.snapshot_list())
     if volume.store is not None:
+        require_clean(volume.filesystem(), volume.name)
         if count:
             volume.delete(volume.snapshot_names())
         edit.remove(volume)
@@ -174,7 +182,7 @@ def strip(volume: Volume) -> dict[str, Any]:
 def accept(volume: Volume) -> dict[str, Any]:
     """Go on after an outside write: the snapshots at risk are marked tainted."""
     names = volume.accept_outside_write()
-    return {"version": JSON_VERSION, "tainted": names}
+    return {"version": JSON_VERSION, "tainted": names, "notices": _warnings(volume)}
 
 
 def info(volume: Volume) -> dict[str, Any]:

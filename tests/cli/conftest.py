@@ -101,7 +101,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     """Replace the session by a fake one."""
     fake = FakeSession()
 
-    def open_session(image: str, *, writable: bool, partition: int | None = None) -> FakeSession:
+    def open_session(
+        image: str, *, writable: bool, partition: int | None = None, unrecovered: bool = False
+    ) -> FakeSession:
         fake.at(partition).opened.append((image, writable))
         answer = fake.answers.get("open")
         if isinstance(answer, BaseException):
@@ -219,5 +221,5 @@ class Fake:
         return {{"version": 1, "name": name, "out": out, "bytes": {size}}}
     def __enter__(self): return self
     def __exit__(self, *exception): pass
-session.open_session = lambda image, *, writable, partition=None: Fake()
+session.open_session = lambda image, *, writable, partition=None, unrecovered=False: Fake()
 """

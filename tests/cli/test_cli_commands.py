@@ -483,7 +483,7 @@ class Fake:
         return {"version": 1, "snapshots": [SNAPSHOT]}
     def __enter__(self): return self
     def __exit__(self, *exception): pass
-session.open_session = lambda image, *, writable, partition=None: Fake()
+session.open_session = lambda image, *, writable, partition=None, unrecovered=False: Fake()
 SNAPSHOT = %r
 """
 
