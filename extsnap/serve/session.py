@@ -40,7 +40,7 @@ from extsnap.serve.server import Server, ServerConfig, spawn
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
 
-_FSCK_FRAME = ("Pass ", "e2fsck ", "********** WARNING: Filesystem still has errors")
+_FSCK_FRAME = ("Pass ", "e2fsck ", "Warning!  ", "********** WARNING: Filesystem still has errors")
 _CLOSE_PATIENCE = 10.0
 _MAX_COMPLAINTS = 20
 
@@ -678,7 +678,7 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
             volume = os.path.join(hello["directory"], "volume")
             users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
-            return _report(report, base, None if quick else hello["directory"])
+            return _report(report, base, None if quick else hello["directory"], client.call("info"))
     with load_factory(FACTORY)(image, writable=False, partition=place.partition) as at_rest:
         about = at_rest.verb("info")
         if at_rest.needs_replay or about.get("marked"):
@@ -688,12 +688,12 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
             )
         report = _selected(at_rest.verb("check", names=list(names)), names)
     if (quick or not report["snapshots"]) and not place.partition:
-        return _report(report, _check_base(image), None)
+        return _report(report, _check_base(image), None, about)
     server = _Private(place, writable=False)
     try:
         # A partition can only be seen as a volume through its server.
         base = _check_base(server.file() if place.partition else image)
-        done = _report(report, base, None if quick else server.directory)
+        done = _report(report, base, None if quick else server.directory, about)
     except BaseException:
         server.abandon()
         raise
@@ -703,25 +703,33 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
 
 def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The store's own findings, for the named snapshots only."""
-    snapshots = {str(found["name"]): list(found.get("errors", [])) for found in report.get("snapshots", [])}
+    snapshots = {str(found["name"]): found for found in report.get("snapshots", [])}
     wanted = {name: snapshots[name] for name in names} if names else snapshots
     return {"store": report["store"], "snapshots": wanted}
 
 
-def _report(report: dict[str, Any], base: dict[str, Any], directory: str | None) -> dict[str, Any]:
+def _report(
+    report: dict[str, Any], base: dict[str, Any], directory: str | None, about: dict[str, Any]
+) -> dict[str, Any]:
     entries = []
-    for name, errors in report["snapshots"].items():
+    for name, found in report["snapshots"].items():
         status: int | None = None
         entry: dict[str, Any] = {"name": name}
+        errors = list(found.get("errors", []))
         if directory is not None:
             status, complaints, open_unlinked = _judge(os.path.join(directory, "snapshots", name))
-            errors = errors + complaints
+            if complaints and found.get("filesystem_errors"):
+                entry["errors_then"] = complaints  # the volume's then: the snapshot shows them as they were
+            else:
+                errors += complaints
             if open_unlinked:
                 entry["open_unlinked"] = open_unlinked
         entries.append({**entry, "e2fsck": status, "ok": not errors, "errors": errors})
     store = {"ok": bool(report["store"]["ok"]), "errors": list(report["store"].get("errors", []))}
     fine = store["ok"] and base["ok"] is not False and all(entry["ok"] for entry in entries)
-    return {"version": 1, "ok": bool(fine), "base": base, "snapshots": entries, "store": store}
+    base = {**base, "state": about.get("state")}
+    notices = about.get("notices", [])
+    return {"version": 1, "ok": bool(fine), "base": base, "snapshots": entries, "store": store, "notices": notices}
 
 
 def _fsck(path: str) -> tuple[int, list[str]]:

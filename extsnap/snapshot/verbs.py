@@ -68,6 +68,7 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
         "copied_bytes": copied,
         "exclusive_bytes": exclusive,
         "shared_bytes": copied - exclusive,
+        "filesystem_errors": bool(entry.flags & fmt.SnapshotFlags.FILESYSTEM_ERRORS),
     }
 
 
@@ -83,7 +84,21 @@ def _warnings(volume: Volume) -> list[str]:
         return [f"{volume.name} {undone}; {how_to_repair(volume.name)}"]
     if volume.store is not None and volume.medium.state.mark:
         return [f"{volume.name} was not closed; the next command that writes, or extsnap run, completes it"]
-    return []
+    return [_errors_notice(volume)] if fs.has_errors else []
+
+
+def _errors_notice(volume: Volume, more: str = "") -> str:
+    return f"{volume.name} is marked as having errors{more}; {how_to_repair(volume.name)}"
+
+
+def _state(volume: Volume) -> str:
+    """The filesystem's state in a word or two."""
+    fs = volume.filesystem()
+    if fs.needs_recovery:
+        return "needs recovery"
+    if fs.has_errors:
+        return "errors"
+    return "clean" if fs.is_clean else "not cleanly unmounted"
 
 
 def create(
@@ -98,9 +113,11 @@ def create(
     first = not volume.snapshot_list()
     handle = volume.create(name, message, kind=fmt.Kind[kind.upper()])
     notices = []
+    fs = volume.filesystem()
+    if fs.has_errors:
+        notices.append(_errors_notice(volume, ", and the snapshot is recorded as such"))
     if first:
-        fs = volume.filesystem()
-        free = max(0, fs.geometry.free_blocks - fs.geometry.reserved_blocks) // 2
+        free = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
         room = (volume.require_engine().room() + free) * volume.block_size
         notices.append(
             f"plain mounts of {volume.name} are read-only from now on; write through extsnap mount, "
@@ -213,6 +230,7 @@ def info(volume: Volume) -> dict[str, Any]:
         "free_inodes": geometry.free_inodes,
         "groups": geometry.groups,
         "features": fs.features,
+        "state": _state(volume),
         "offset": volume.offset,
         "partition": volume.partition or None,
         "guard": volume.medium.state.guard,
@@ -332,11 +350,18 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False) -
     for name in names or []:
         volume.find(name)
     store_errors, by_snapshot = check_store(volume)
-    wanted = names or volume.snapshot_names()
+    with_errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS
     return {
         "version": JSON_VERSION,
         "store": {"ok": not store_errors, "errors": store_errors},
-        "snapshots": [{"name": name, "errors": by_snapshot.get(name, [])} for name in wanted],
+        "snapshots": [
+            {
+                "name": entry.name,
+                "errors": by_snapshot.get(entry.name, []),
+                "filesystem_errors": bool(entry.flags & with_errors),
+            }
+            for entry in ([volume.find(name) for name in names] if names else volume.snapshot_list())
+        ],
     }
 
 

@@ -34,6 +34,7 @@ from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free
 from extsnap.errors import (
     ExtsnapError,
+    FormatError,
     InvalidName,
     NeedsRecovery,
     NotExtError,
@@ -42,6 +43,7 @@ from extsnap.errors import (
     SnapshotNotFound,
     StoreDamaged,
     VolumeBusy,
+    VolumeDirty,
     VolumeFull,
 )
 from extsnap.ext.filesystem import Filesystem
@@ -519,7 +521,8 @@ class Volume:
     ) -> SnapshotHandle:
         """Take a snapshot of the base volume as it is.
 
-        Durable on return.  A crash before the header commit leaves no snapshot, after it a whole one.
+        Durable on return.  A crash before the header commit leaves no snapshot, after it a whole one.  Of a
+        filesystem marked with errors it is recorded as such; groups whose bitmaps do not verify are preserved whole.
 
         Raises:
             SnapshotExists, InvalidName: The name cannot be used.
@@ -544,8 +547,14 @@ class Volume:
             if self.serving:
                 self._grow_ahead()
             self.settle()
-        except (ExtsnapError, OSError):
+        except (ExtsnapError, OSError) as error:
             self._back_to_rest()
+            if isinstance(error, VolumeFull | FormatError) and fs.has_errors:
+                unsound = int((~fs.sound_groups).sum())
+                reason = f"{self.name} is marked with errors"
+                if unsound:
+                    reason += f", and {unsound} of its {len(fs.sound_groups)} groups do not verify and are left alone"
+                raise VolumeDirty(f"{reason}: {error.message}", hint=how_to_repair(self.name)) from error
             raise
         return SnapshotHandle(self, entry)
 
@@ -620,6 +629,7 @@ class Volume:
         """Write everything of a new snapshot but the header commit that makes it true."""
         engine, store = self.require_engine(), self.require_store()
         bitmaps = self.preserved_now()
+        errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS if self.filesystem().has_errors else fmt.SnapshotFlags.NONE
         rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
         changed = bitmaps[rows]
         which = engine.history.needs_block(changed)
@@ -641,6 +651,7 @@ class Volume:
             volume_bytes=self.size,
             used_blocks=int(np.bitwise_count(bitmaps).sum()),
             restored_from=restored_from,
+            flags=errors,
         )
         store.root.counting |= 1 << bit
         store.root.next_id += 1
@@ -660,6 +671,7 @@ class Volume:
         engine, store = self.require_engine(), self.require_store()
         engine.write_history()
         table = b"".join(entry.build() for entry in sorted(snapshots, key=lambda entry: entry.id))
+        store.root.ro_compat = fmt.RO_COMPAT_SNAPSHOT_FLAGS if any(entry.flags for entry in snapshots) else 0
         store.write_blob(fmt.BlobKind.SNAPSHOTS, 0, table)
 
     def delete(self, names: list[str]) -> int:
@@ -797,8 +809,9 @@ class Volume:
     def _grow_ahead(self) -> None:
         """Grow the store to what the session ahead may need, and bring a volume without snapshots to rest."""
         engine, store = self.require_engine(), self.require_store()
-        geometry = self.filesystem().geometry
-        half = max(0, geometry.free_blocks - geometry.reserved_blocks) // 2
+        fs = self.filesystem()
+        geometry = fs.geometry
+        half = max(0, fs.free_blocks - geometry.reserved_blocks) // 2
         if engine.snapshots:
             needed = engine.blocks_to_preserve()
         else:
@@ -818,7 +831,12 @@ class Volume:
         """
         self.base.flush()
         self.serving = False
-        self._let_repair_through()
+        try:
+            self._let_repair_through()
+        except ExtsnapError:
+            if not self.needs_replay:
+                self.settle()  # only marked with errors: at rest as before
+            raise
         if self.engine is None:
             return True
         fs = self.filesystem()
