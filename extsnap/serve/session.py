@@ -727,9 +727,15 @@ def _report(
         entries.append({**entry, "e2fsck": status, "ok": not errors, "errors": errors})
     store = {"ok": bool(report["store"]["ok"]), "errors": list(report["store"].get("errors", []))}
     fine = store["ok"] and base["ok"] is not False and all(entry["ok"] for entry in entries)
-    base = {**base, "state": about.get("state")}
-    notices = about.get("notices", [])
-    return {"version": 1, "ok": bool(fine), "base": base, "snapshots": entries, "store": store, "notices": notices}
+    return {
+        "version": 1,
+        "ok": bool(fine),
+        "state": about.get("state"),
+        "base": base,
+        "snapshots": entries,
+        "store": store,
+        "notices": about.get("notices", []),
+    }
 
 
 def _fsck(path: str) -> tuple[int, list[str]]:

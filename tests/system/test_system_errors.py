@@ -112,7 +112,7 @@ def test_damaged_groups(kind: str, what: str, group: int, capfd: pytest.CaptureF
             volume.delete(["two"])
         checked = session.check(str(image))
         assert checked["ok"], checked
-        assert checked["base"]["state"] == "clean"
+        assert checked["state"] == "clean"
         assert checked["snapshots"][0]["errors_then"]
         with extsnap.open(image) as volume:
             volume.verb("restore", name="one")
