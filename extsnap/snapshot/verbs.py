@@ -125,7 +125,7 @@ def create(
         )
         text = f"{room / 2**20:.0f} MiB can be overwritten before space for copies runs out"
         if room < volume.size // 20:
-            text += "; grow the volume with truncate and extsnap run IMAGE -- resize2fs {}"
+            text += f"; grow the volume with truncate and extsnap run {volume.name} -- resize2fs {{}}"
         notices.append(text)
     return {"version": JSON_VERSION, "name": handle.name, "id": handle.id, "notices": notices}
 
