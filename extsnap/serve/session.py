@@ -140,7 +140,7 @@ def open_session(image: str, *, writable: bool, partition: int | None = None, un
         except (NeedsRecovery, VolumeFull) as error:
             if not unrecovered:
                 raise
-            tools.notice(str(error))
+            tools.notice(f"{error.message}; going on without recovery")
             return Session(image, client=None, volume=factory(image, writable=True, partition=place.partition))
 
 
