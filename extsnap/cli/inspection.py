@@ -58,7 +58,7 @@ def check(
         output.emit_table(render.check_table(result))
     if not result["ok"]:
         output.finish()
-        output.say(damage_line(image, result))
+        output.say(damage_line(f"{image} -P {partition}" if partition else image, result))
         raise typer.Exit(DAMAGE)
 
 
@@ -72,7 +72,7 @@ def damage_line(image: str, result: dict[str, Any]) -> str:
     # None: a mounted base volume, which e2fsck cannot look at.
     if result["base"]["ok"] is False:
         damaged.insert(0, "the base volume")
-        step = "repair it with extsnap run IMAGE -- e2fsck -fy {}, or restore a snapshot"
+        step = f"repair it with extsnap run {image} -- e2fsck -fy {{}}, or restore a snapshot"
     return f"{image}: damage found in {', '.join(damaged) or 'the volume'}; {step}"
 
 

@@ -41,7 +41,8 @@ def snapshot_table(result: Mapping[str, Any]) -> Table:
     for snapshot in snapshots:
         cells = [_text(snapshot["name"]), Text(local_time(str(snapshot["created"])))]
         cells += [Text(size_cell(snapshot[key])) for key in ("used_bytes", "exclusive_bytes", "shared_bytes")]
-        cells.append(_text(snapshot["consistency"]))
+        errors = ", with errors" if snapshot.get("filesystem_errors") else ""
+        cells.append(_text(f"{snapshot['consistency']}{errors}"))
         if with_kind:
             cells.append(_text(snapshot["kind"]))
         if with_state:
@@ -87,6 +88,8 @@ def volume_details(result: Mapping[str, Any]) -> Table:
     table.add_row("uuid", _text(result["uuid"]))
     table.add_row("label", _text(result["label"]))
     table.add_row("features", _text(" ".join(str(feature) for feature in result["features"])))
+    if result.get("state"):
+        table.add_row("state", _text(result["state"]))
     table.add_row("size", Text(f"{human_bytes(blocks * block_size)} ({blocks} blocks of {human_bytes(block_size)})"))
     table.add_row("free", Text(f"{human_bytes(free * block_size)} ({free} blocks)"))
     table.add_row("inodes", Text(f"{result['inodes']}, {result['free_inodes']} free"))
@@ -115,7 +118,7 @@ def volume_details(result: Mapping[str, Any]) -> Table:
         for path in attached.get("mounts") or ():
             table.add_row("mounted", _text(_mount_text(path)))
     known = {
-        "type", "uuid", "label", "features", "block_size", "blocks", "free_blocks", "inodes", "free_inodes",
+        "type", "uuid", "label", "features", "state", "block_size", "blocks", "free_blocks", "inodes", "free_inodes",
         "groups", "partition", "offset", "guard", "snapshots", "store", "attached",
     }  # fmt: skip
     _add_others(table, result, known)
@@ -142,6 +145,9 @@ def check_table(result: Mapping[str, Any]) -> Table:
                 errors.append(_text(part["skipped"]))
         else:
             verdict = _state("ok" if part["ok"] else "damaged")
+        if part.get("errors_then"):
+            errors.append(Text("as it was: the filesystem was marked with errors at that moment"))
+            errors += [_text(line) for line in part["errors_then"]]
         if count := part.get("open_unlinked"):
             errors.append(Text(f"{count} file{'s' if count != 1 else ''} open and unlinked at that moment"))
         table.add_row(name, Text("-" if status is None else safe(status)), Text("\n").join([verdict, *errors]))

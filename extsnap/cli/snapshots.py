@@ -21,8 +21,12 @@ class Kind(StrEnum):
     atomic = "atomic"
 
 
-def call(image: str, verb: str, *, writable: bool, partition: int | None, **arguments: Any) -> dict[str, Any]:
+def call(
+    image: str, verb: str, *, writable: bool, partition: int | None, unrecovered: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """Carry out one verb on an image, served or not, and pass its notices on.
+
+    ``unrecovered``: also where the filesystem needs recovery and that fails.
 
     Raises:
         Failed: With the ExtsnapError or OSError as its cause.
@@ -30,9 +34,7 @@ def call(image: str, verb: str, *, writable: bool, partition: int | None, **argu
     with about(image):
         from extsnap.serve import session
 
-        # A restore that keeps nothing of the volume needs nothing of it either.
-        as_it_is = verb == "restore" and not arguments["safety"]
-        with session.open_session(image, writable=writable, partition=partition, as_it_is=as_it_is) as opened:
+        with session.open_session(image, writable=writable, partition=partition, unrecovered=unrecovered) as opened:
             result: dict[str, Any] = opened.call(verb, **arguments)
     output.notices(result)
     return result
@@ -121,6 +123,7 @@ def delete(
             image,
             "delete",
             writable=True,
+            unrecovered=True,
             partition=partition,
             names=list(names or ()),
             kind=kind.value if kind else None,
@@ -150,7 +153,16 @@ def restore(
     if (name is None) == (not undo):
         raise typer.BadParameter("give either the name of a snapshot or --undo", param_hint="NAME")
     with output.progress("restoring"):
-        result = call(image, "restore", writable=True, partition=partition, name=name, undo=undo, safety=not no_safety)
+        result = call(
+            image,
+            "restore",
+            writable=True,
+            partition=partition,
+            unrecovered=no_safety,  # what is not kept need not be whole
+            name=name,
+            undo=undo,
+            safety=not no_safety,
+        )
     if as_json:
         output.emit_json(result)
     elif result.get("safety") is not None:

@@ -10,6 +10,7 @@ descriptors are written: backups are refreshed by e2fsck and resize2fs, as ever.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -17,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, expand, runs_of, set_runs
+from extsnap.arrays import Bits, Ints, expand, runs_of, set_runs, test_bits
 from extsnap.blockdev.base import Device, ReadableDevice
 from extsnap.errors import FormatError, NotExtError, UnsupportedFeature, VolumeFull
 from extsnap.ext.bitmaps import choose_free, count_clusters, expand_clusters, pack_clusters, whole_clusters
@@ -121,6 +122,7 @@ class Filesystem:
         self._inode_struct = inode_struct(self.geometry.inode_size)
         self._blocks: dict[int, bytes] = {}
         self._bitmaps: Bits | None = None
+        self._sound = np.ones(self.geometry.groups, np.bool_)
         self._dirty_groups: set[int] = set()
         self._dirty_descriptors: set[int] = set()
 
@@ -145,11 +147,32 @@ class Filesystem:
 
     @cached_property
     def groups(self) -> GroupTable:
-        """The group descriptors, verified."""
+        """The group descriptors, verified; of a filesystem with errors, `sound_groups` tells which can be believed."""
         raw = self.read_blocks(self.geometry.descriptor_blocks).tobytes()
         table = GroupTable(self.geometry, self.superblock.s_uuid, raw)
-        table.verify()
+        if not self.has_errors:
+            table.verify()
+        self._counts_at_open = table.column("bg_free_blocks_count").sum(), table.column("bg_free_inodes_count").sum()
         return table
+
+    @property
+    def sound_groups(self) -> npt.NDArray[np.bool_]:
+        """bool[groups]: whose descriptor and block bitmap verify.  All, unless the filesystem is marked with errors.
+
+        Then a group is sound if its descriptor passes `GroupTable.verify`; its bitmap has the checksum of the
+        descriptor, where the volume has such checksums; as many clusters are free in it as the descriptor counts;
+        and all blocks in it that sound descriptors name, and its own superblock and descriptors, are in use.
+        """
+        if self._bitmaps is None:
+            self._bitmaps = self._load_bitmaps()
+        return self._sound
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be taken: as the superblock counts them, or with errors those free in sound groups."""
+        if not self.has_errors:
+            return self.geometry.free_blocks
+        return int(np.bitwise_count(~self.block_bitmaps()).sum(dtype=np.int64))
 
     # -- what it is -------------------------------------------------------------------------------------
 
@@ -284,7 +307,7 @@ class Filesystem:
         """All block bitmaps: uint8[groups, blocks_per_group // 8].
 
         Row g, bit j is block first_data_block + g * blocks_per_group + j; uninitialised groups are resolved, the
-        padding bits of a short last group are set.
+        padding bits of a short last group are set.  Of a filesystem with errors, all bits of unsound groups are set.
 
         Raises:
             FormatError: A bitmap fails its checksum; names the group.
@@ -299,6 +322,9 @@ class Filesystem:
         bitmaps = np.zeros((geometry.groups, row_bytes), np.uint8)
         uninitialised, resolved = self.groups.uninitialised_bitmaps()
         stored = np.setdiff1d(np.arange(geometry.groups), uninitialised)
+        if self.has_errors:
+            self._sound = self.groups.sound()
+            stored = stored[self._sound[stored]]
         at = self.groups.column("bg_block_bitmap")[stored]
         for low in range(0, len(stored), 2048):  # bounded memory: 2,048 groups at a time
             part = slice(low, low + 2048)
@@ -309,7 +335,23 @@ class Filesystem:
             bitmaps = expand_clusters(bitmaps, geometry.cluster_blocks)
         bitmaps[uninitialised] = resolved
         set_runs(bitmaps[-1], self._padding)
+        if self.has_errors:
+            self._sound &= self._plausible(bitmaps)
+            bitmaps[~self._sound] = 0xFF
         return bitmaps
+
+    def _plausible(self, bitmaps: Bits) -> npt.NDArray[np.bool_]:
+        """bool[groups]: the free count is the descriptor's, and metadata is in use; see `sound_groups`."""
+        geometry = self.geometry
+        rows = pack_clusters(bitmaps, geometry.cluster_blocks) if geometry.cluster_blocks > 1 else bitmaps
+        free = np.bitwise_count(~rows).sum(axis=1, dtype=np.int64)
+        plausible = free == self.groups.column("bg_free_blocks_count")
+        metadata = self.groups.metadata_runs(self._sound) - np.array([geometry.first_data_block, 0])
+        inside = np.minimum(metadata.sum(axis=1), bitmaps.size * 8) - metadata[:, 0]
+        blocks = expand(metadata[:, 0], inside)
+        lost = blocks[~test_bits(bitmaps.reshape(-1), blocks)]
+        plausible[lost // geometry.blocks_per_group] = False
+        return np.asarray(plausible)
 
     @cached_property
     def _padding(self) -> Ints:
@@ -324,7 +366,9 @@ class Filesystem:
         seed = self.geometry.checksum_seed
         found = np.array([bitmap_checksum(seed, row.data) & mask for row in bitmaps[which]], np.int64)
         bad = np.flatnonzero(found != expected)
-        if len(bad):
+        if self.has_errors:
+            self._sound[which[bad]] = False
+        elif len(bad):
             group = int(which[bad[0]])
             raise FormatError(
                 f"the bitmap of group {group} fails its checksum",
@@ -338,7 +382,7 @@ class Filesystem:
         Past bg_itable_unused, in groups without ITABLE_ZEROED, where descriptors have checksums.
         """
         geometry, groups = self.geometry, self.groups
-        if not groups.has_checksums:
+        if not groups.has_checksums or self.has_errors:  # with errors nothing is taken for unused
             return np.zeros((0, 2), np.int64)
         flags = groups.flags
         unused = groups.column("bg_itable_unused")
@@ -353,7 +397,8 @@ class Filesystem:
     def set_blocks(self, runs: Ints, used: bool) -> None:
         """Mark runs (start, length) of blocks used or free, in bitmaps, flags and counts.
 
-        With bigalloc the whole clusters that hold them.
+        With bigalloc the whole clusters that hold them.  Unsound groups are left as they are: what becomes free in
+        one is lost until e2fsck finds it.
 
         Raises:
             FormatError: A block has that state already, or lies outside: the caller's picture is wrong.
@@ -370,6 +415,10 @@ class Filesystem:
         relative = runs - np.array([geometry.first_data_block, 0])
         if geometry.cluster_blocks > 1:
             relative = whole_clusters(relative, geometry.cluster_blocks)
+        if not self._sound.all():
+            relative = self._in_sound_groups(relative)
+            if not len(relative):
+                return
         first = relative[:, 0] // geometry.blocks_per_group
         last = (relative.sum(axis=1) - 1) // geometry.blocks_per_group
         touched = np.unique(expand(first, last - first + 1))
@@ -383,6 +432,16 @@ class Filesystem:
             state = "used" if used else "free"
             raise FormatError(f"a block that becomes {state} is {state} already", structure="block bitmap")
         self._dirty_groups.update(touched.tolist())
+
+    def _in_sound_groups(self, relative: Ints) -> Ints:
+        """The parts of runs that lie in sound groups."""
+        per_group = self.geometry.blocks_per_group
+        first = relative[:, 0] // per_group
+        pieces = (relative.sum(axis=1) - 1) // per_group - first + 1
+        group, run = expand(first, pieces), np.repeat(np.arange(len(relative)), pieces)
+        low = np.maximum(relative[run, 0], group * per_group)
+        high = np.minimum(relative.sum(axis=1)[run], (group + 1) * per_group)
+        return np.stack([low, high - low], axis=1)[self._sound[group]]
 
     def find_free(self, count: int, *, avoid: Sequence[Bits] = (), min_run: int = 1) -> Ints:
         """Up to ``count`` free blocks as runs (start, length), sorted; long runs are preferred.
@@ -496,6 +555,10 @@ class Filesystem:
             stored = int(self.groups.column("bg_inode_bitmap_csum")[group])
             if bitmap_checksum(geometry.checksum_seed, raw) & mask != stored:
                 raise FormatError(f"the bitmap of group {group} fails its checksum", structure="inode bitmap")
+        if self.has_errors:
+            free = geometry.inodes_per_group - sum(byte.bit_count() for byte in raw)
+            if not self.sound_groups[group] or free != self.groups.column("bg_free_inodes_count")[group]:
+                raise FormatError(f"the bitmap of group {group} does not verify", structure="inode bitmap")
         return bytearray(raw)
 
     def inode_in_use(self, ino: int) -> bool:
@@ -553,8 +616,12 @@ class Filesystem:
             (free > 0) & (self.groups.flags & GroupFlags.INODE_UNINIT == 0),
             free > 0,
         ):
-            if which.any():
+            if which.any() and not self.has_errors:
                 return int(np.argmax(which))
+            for group in np.flatnonzero(which & self.sound_groups).tolist():  # with errors: the first that verifies
+                with contextlib.suppress(FormatError):
+                    self._inode_bitmap(group)
+                    return int(group)
         raise VolumeFull("the volume has no free inode", hint="delete files")
 
     def _use_inode_table(self, group: int, index: int, *, zero: bool) -> None:
@@ -742,13 +809,23 @@ class Filesystem:
         self._dirty_groups, self._dirty_descriptors = set(), set()
 
     def sum_counts(self) -> None:
-        """Make the superblock's free counts the sums of the descriptors'; not written yet."""
+        """Make the superblock's free counts the sums of the descriptors'; not written yet.
+
+        With errors the descriptors of unsound groups count nothing: the superblock's counts move by what was edited.
+        """
         sb = self.superblock
-        free = int(self.groups.column("bg_free_blocks_count").sum()) * self.geometry.cluster_blocks
+        blocks = self.groups.column("bg_free_blocks_count").sum()
+        inodes = self.groups.column("bg_free_inodes_count").sum()
+        unit = self.geometry.cluster_blocks
+        free, free_inodes = int(blocks) * unit, int(inodes)
+        if self.has_errors:
+            blocks_before, inodes_before = self._counts_at_open
+            free = max(0, self.geometry.free_blocks + int(blocks - blocks_before) * unit)
+            free_inodes = max(0, self.geometry.free_inodes + int(inodes - inodes_before))
         sb.s_free_blocks_count_lo = free & 0xFFFFFFFF
         if sb.s_feature_incompat & Incompat.bit64:
             sb.s_free_blocks_count_hi = free >> 32
-        sb.s_free_inodes_count = int(self.groups.column("bg_free_inodes_count").sum())
+        sb.s_free_inodes_count = free_inodes
 
     def write_superblock(self) -> None:
         """Write the superblock as it was edited, its checksum set."""

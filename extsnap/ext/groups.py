@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -80,46 +81,67 @@ class GroupTable:
         block, within = divmod(group * self._geometry.desc_size, size)
         return int(self._geometry.descriptor_blocks[block]) * size + within
 
-    def verify(self) -> None:
-        """Check every descriptor.
-
-        Raises:
-            FormatError: A checksum or a count is wrong, or an address lies outside the volume; names the group.
-        """
+    def _faults(self) -> Iterator[tuple[npt.NDArray[np.bool_], str, Ints, str]]:
+        """(bool[groups]: where it is so, field, its values, what to say of a group) of all that can be wrong."""
         geometry = self._geometry
         if self.has_checksums:
-            bad = np.flatnonzero(self._checksums(0, geometry.groups) != self._table["bg_checksum"])
-            if len(bad):
-                raise FormatError(
-                    f"the checksum of group {bad[0]} is wrong",
-                    structure="group descriptor",
-                    field="bg_checksum",
-                    offset=self._offset(int(bad[0])),
-                )
+            found = self._table["bg_checksum"].astype(np.int64)
+            wrong = self._checksums(0, geometry.groups) != found
+            yield wrong, "bg_checksum", found, "the checksum of group {group} is wrong"
         for name, length in (
             ("bg_block_bitmap", 1),
             ("bg_inode_bitmap", 1),
             ("bg_inode_table", geometry.inode_table_blocks),
         ):
             at = self.column(name)
-            bad = np.flatnonzero((at <= geometry.first_data_block) | (at > geometry.blocks_count - length))
-            if len(bad):
+            wrong = (at <= geometry.first_data_block) | (at > geometry.blocks_count - length)
+            yield wrong, name, at, "group {group} has block {value}, outside the volume"
+        if self.has_checksums:
+            unused = self.column("bg_itable_unused")
+            wrong = unused > geometry.inodes_per_group
+            yield wrong, "bg_itable_unused", unused, "group {group} has more unused inodes than inodes"
+
+    def verify(self) -> None:
+        """Check every descriptor.
+
+        Raises:
+            FormatError: A checksum or a count is wrong, or an address lies outside the volume; names the group.
+        """
+        for wrong, field, values, message in self._faults():
+            if wrong.any():
+                group = int(np.argmax(wrong))
                 raise FormatError(
-                    f"group {bad[0]} has block {at[bad[0]]}, outside the volume",
+                    message.format(group=group, value=values[group]),
                     structure="group descriptor",
-                    field=name,
-                    offset=self._offset(int(bad[0])),
+                    field=field,
+                    offset=self._offset(group),
                 )
 
-        if self.has_checksums:
-            bad = np.flatnonzero(self.column("bg_itable_unused") > geometry.inodes_per_group)
-            if len(bad):
-                raise FormatError(
-                    f"group {bad[0]} has more unused inodes than inodes",
-                    structure="group descriptor",
-                    field="bg_itable_unused",
-                    offset=self._offset(int(bad[0])),
-                )
+    def sound(self) -> npt.NDArray[np.bool_]:
+        """bool[groups]: which descriptors `verify` has nothing against."""
+        faulty = np.zeros(self._geometry.groups, np.bool_)
+        for wrong, *_ in self._faults():
+            faulty |= wrong
+        return ~faulty
+
+    def metadata_runs(self, which: npt.NDArray[np.bool_]) -> Ints:
+        """Runs (start, length) of the blocks that descriptors name and of their groups' heads: int64[n, 2].
+
+        Heads are superblock, descriptors and reserved descriptors, where the group has a backup.
+        """
+        geometry = self._geometry
+        groups = np.flatnonzero(which)
+        first = groups * geometry.blocks_per_group + geometry.first_data_block
+        parts = [np.stack([first, np.minimum(geometry.group_heads(groups), geometry.blocks_per_group)], axis=1)]
+        for name, length in (
+            ("bg_block_bitmap", 1),
+            ("bg_inode_bitmap", 1),
+            ("bg_inode_table", geometry.inode_table_blocks),
+        ):
+            at = self.column(name)[groups]
+            parts.append(np.stack([at, np.full_like(at, length)], axis=1))
+        runs = np.concatenate(parts).astype(np.int64)
+        return runs[runs[:, 1] > 0]
 
     def seal(self, groups: Ints) -> None:
         """Recompute bg_checksum of some groups."""

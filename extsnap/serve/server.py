@@ -63,6 +63,7 @@ class ServerConfig:
         auto_end: End with the last user instead of by ``detach``.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
         writeback: Let the kernel delay writes; without it a write that is refused fails at once.
+        repair: What is run on the volume may be its repair.
         allow_other: Let other users in, as far as the files' modes do.
         partition: Number of the partition; 0: the whole image.
         offset: Where the volume begins in the image, in bytes.
@@ -76,6 +77,7 @@ class ServerConfig:
     auto_end: bool = False
     lazy: bool = False
     writeback: bool = True
+    repair: bool = False
     allow_other: bool = False
     partition: int = 0
     offset: int = 0
@@ -174,7 +176,9 @@ class Server:
     def _begin(self) -> None:
         assert self._volume is not None
         if not self._begun:
-            self._volume.begin_serving(grow=not self._recovering, set_up=not self.config.auto_end)
+            self._volume.begin_serving(
+                grow=not self._recovering, set_up=not self.config.auto_end, repair=self.config.repair
+            )
             self._begun = True
 
     def _catch_signals(self) -> None:

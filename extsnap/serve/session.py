@@ -30,6 +30,7 @@ from extsnap.errors import (
     ServerError,
     SnapshotNotFound,
     VolumeBusy,
+    VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
 from extsnap.serve import control, moment, mounting, tools
@@ -40,7 +41,7 @@ from extsnap.serve.server import Server, ServerConfig, spawn
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
 
-_FSCK_FRAME = ("Pass ", "e2fsck ", "********** WARNING: Filesystem still has errors")
+_FSCK_FRAME = ("Pass ", "e2fsck ", "Warning!  ", "********** WARNING: Filesystem still has errors")
 _CLOSE_PATIENCE = 10.0
 _MAX_COMPLAINTS = 20
 
@@ -101,19 +102,18 @@ class Session:
         return self._volume
 
 
-def open_session(
-    image: str, *, writable: bool, partition: int | None = None, as_it_is: bool = False
-) -> Session:
+def open_session(image: str, *, writable: bool, partition: int | None = None, unrecovered: bool = False) -> Session:
     """Open an image for commands.
 
     Args:
         image: Path of the image.
         writable: Whether a command may change it.  An image that carries the dirty mark is recovered first.
         partition: Number of the partition; None and 0 as `locate` takes them.
-        as_it_is: Go on with a filesystem that e2fsck -p could not recover: for a restore, which replaces it.
+        unrecovered: Open it all the same where that failed: for commands that leave the filesystem alone.
 
     Raises:
-        ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help.
+        ExtsnapError, OSError: As opening a volume does; NeedsRecovery if the replay did not help, VolumeFull if
+            its copies have no room.
     """
     factory = load_factory(FACTORY)
     place = _place(image, partition)
@@ -138,9 +138,10 @@ def open_session(
             raise _unrecoverable(place.name)
         try:
             _recover(place)
-        except NeedsRecovery:
-            if not as_it_is:
+        except (NeedsRecovery, VolumeFull) as error:
+            if not unrecovered:
                 raise
+            tools.notice(f"{error.message}; going on without recovery")
             return Session(image, client=None, volume=factory(image, writable=True, partition=place.partition))
 
 
@@ -251,6 +252,14 @@ def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
     )
 
 
+def _reason(done: subprocess.CompletedProcess[str], directory: str) -> str:
+    """Why e2fsck -p gave up: what it found last before it said so."""
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    given_up = [number for number, line in enumerate(lines) if "UNEXPECTED INCONSISTENCY" in line]
+    reason = lines[given_up[0] - 1] if given_up and given_up[0] else tools.last_line(done)
+    return reason.removeprefix(f"{directory}/volume: ")
+
+
 def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """Replay the journal of a marked volume through its server, and have the mark taken off.
 
@@ -259,7 +268,7 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """
     done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
     if not 0 <= done.returncode <= moment.REPAIRED_MAX:
-        raise _unrecoverable(name, tools.last_line(done))
+        raise _unrecoverable(name, _reason(done, directory))
     if not keeper.call("server.recovered").get("clean"):
         raise _unrecoverable(name)
 
@@ -553,7 +562,7 @@ def run(
             status, refusal = _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
             return _checked_status(status, refusal, ok, atomic)
     # Without the kernel's delays a tool learns of a refused write at once, not after a hundred others.
-    server = _Private(place, writeback=False)
+    server = _Private(place, writeback=False, repair=not atomic)
     try:
         if server.hello["needs_replay"]:
             try:
@@ -569,7 +578,7 @@ def run(
         raise
     try:
         if not server.end():
-            tools.notice(f"{place.name} still needs recovery: the next extsnap command that writes tries again")
+            tools.notice(f"{place.name} still needs recovery; run extsnap run {place.name} -- e2fsck -fy {{}}")
     except NeedsRecovery as left:
         if status in ok and not refusal:
             raise
@@ -700,22 +709,22 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
             volume = os.path.join(hello["directory"], "volume")
             users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
-            return _report(report, base, None if quick else hello["directory"])
+            return _report(report, base, None if quick else hello["directory"], client.call("info"))
     with load_factory(FACTORY)(image, writable=False, partition=place.partition) as at_rest:
         about = at_rest.verb("info")
         if at_rest.needs_replay or about.get("marked"):
             raise NeedsRecovery(
                 f"{place.name} was not closed cleanly and must be recovered before it can be checked",
-                hint=f"any command that writes does it: extsnap run {place.name} -- true",
+                hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
             )
         report = _selected(at_rest.verb("check", names=list(names)), names)
     if (quick or not report["snapshots"]) and not place.partition:
-        return _report(report, _check_base(image), None)
+        return _report(report, _check_base(image), None, about)
     server = _Private(place, writable=False)
     try:
         # A partition can only be seen as a volume through its server.
         base = _check_base(server.file() if place.partition else image)
-        done = _report(report, base, None if quick else server.directory)
+        done = _report(report, base, None if quick else server.directory, about)
     except BaseException:
         server.abandon()
         raise
@@ -725,25 +734,39 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
 
 def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The store's own findings, for the named snapshots only."""
-    snapshots = {str(found["name"]): list(found.get("errors", [])) for found in report.get("snapshots", [])}
+    snapshots = {str(found["name"]): found for found in report.get("snapshots", [])}
     wanted = {name: snapshots[name] for name in names} if names else snapshots
     return {"store": report["store"], "snapshots": wanted}
 
 
-def _report(report: dict[str, Any], base: dict[str, Any], directory: str | None) -> dict[str, Any]:
+def _report(
+    report: dict[str, Any], base: dict[str, Any], directory: str | None, about: dict[str, Any]
+) -> dict[str, Any]:
     entries = []
-    for name, errors in report["snapshots"].items():
+    for name, found in report["snapshots"].items():
         status: int | None = None
         entry: dict[str, Any] = {"name": name}
+        errors = list(found.get("errors", []))
         if directory is not None:
             status, complaints, open_unlinked = _judge(os.path.join(directory, "snapshots", name))
-            errors = errors + complaints
+            if complaints and found.get("filesystem_errors"):
+                entry["errors_then"] = complaints  # the volume's then: the snapshot shows them as they were
+            else:
+                errors += complaints
             if open_unlinked:
                 entry["open_unlinked"] = open_unlinked
         entries.append({**entry, "e2fsck": status, "ok": not errors, "errors": errors})
     store = {"ok": bool(report["store"]["ok"]), "errors": list(report["store"].get("errors", []))}
     fine = store["ok"] and base["ok"] is not False and all(entry["ok"] for entry in entries)
-    return {"version": 1, "ok": bool(fine), "base": base, "snapshots": entries, "store": store}
+    return {
+        "version": 1,
+        "ok": bool(fine),
+        "state": about.get("state"),
+        "base": base,
+        "snapshots": entries,
+        "store": store,
+        "notices": about.get("notices", []),
+    }
 
 
 def _fsck(path: str) -> tuple[int, list[str]]:

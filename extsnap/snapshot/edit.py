@@ -60,10 +60,10 @@ def set_up(volume: Volume) -> None:
     blocks, log_blocks = initial_sizes(volume.size, volume.block_size)
     geometry = fs.geometry
     blocks = -(-blocks // geometry.cluster_blocks) * geometry.cluster_blocks
-    if geometry.free_blocks - geometry.reserved_blocks < blocks + 8 * geometry.cluster_blocks:
+    free = max(0, fs.free_blocks - geometry.reserved_blocks)
+    if free < blocks + 8 * geometry.cluster_blocks:
         raise VolumeFull(
-            f"the store needs {blocks} free blocks and the volume has "
-            f"{max(0, geometry.free_blocks - geometry.reserved_blocks)} beyond those reserved for root",
+            f"the store needs {blocks} free blocks and the volume has {free} beyond those reserved for root",
             hint="delete files or grow the volume",
         )
     place, extents, mapping = graft.set_up(fs, blocks, volume.now_seconds())
@@ -141,7 +141,7 @@ def grow(volume: Volume, blocks: int, *avoid: Bits) -> int:
         store = volume.require_store()
         fs = Filesystem.open(volume.require_engine())
         geometry = fs.geometry
-        free = geometry.free_blocks - geometry.reserved_blocks
+        free = fs.free_blocks - geometry.reserved_blocks
         # Mapping blocks come out of the same free space: keep some of it for them.
         ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks)
         if ask < 1:

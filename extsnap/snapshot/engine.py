@@ -23,7 +23,7 @@ Everything runs in one thread, so "suspending writes" is: another method of this
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -344,18 +344,33 @@ class Engine:
         self.commit()
         if cost <= self.room():
             return
-        exact = 0
-        for low in range(start, stop, 8192):
-            positions = set_positions(self.need_bits, low, min(low + 8192, stop))
-            missing = self._missing(positions)
-            undecided = positions[~missing.any(axis=1)]
-            self._clear_need(undecided)
-            exact += int(missing.any(axis=1).sum())
+        exact = sum(
+            self._decide(set_positions(self.need_bits, low, min(low + 8192, stop))) for low in range(start, stop, 8192)
+        )
         if exact > max(0, self.room()):
             raise VolumeFull(
                 f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
                 hint="delete a snapshot or free space in the volume",
             )
+
+    def _decide(self, positions: Ints) -> int:
+        """How many of the blocks at sorted ``positions`` must be copied before they are overwritten."""
+        missing = self._missing(positions).any(axis=1)
+        self._clear_need(positions[~missing])
+        return int(missing.sum())
+
+    def copies_for(self, written: Bits, blocks: Iterable[tuple[int, int]]) -> int:
+        """How many copies overwriting the blocks of a bitmap takes; nothing may be held.
+
+        Args:
+            written: uint8, packed: one bit a block.
+            blocks: Ranges (first, past the last) to look at.
+        """
+        copies = 0
+        for first, last in blocks:
+            positions = set_positions(written, first, last) + self.shift
+            copies += self._decide(positions[test_bits(self.need_bits, positions)])
+        return copies
 
     def _hold(self, offset: int, data: memoryview) -> None:
         if self._overwrites_due:

@@ -41,7 +41,9 @@ ALL_SET = -2
 
 #: Feature bits: everybody refuses a store with other incompat bits, a writer one with other ro_compat bits.
 KNOWN_INCOMPAT = 0
-KNOWN_RO_COMPAT = 0
+#: Entries of the snapshot table have flags: a writer that does not know them would clear them.
+RO_COMPAT_SNAPSHOT_FLAGS = 1
+KNOWN_RO_COMPAT = RO_COMPAT_SNAPSHOT_FLAGS
 
 
 class SlotFlags(enum.IntFlag):
@@ -206,7 +208,7 @@ SnapshotEntry = c.Struct(
     "kind" / c.Int8ul,
     "consistency" / c.Int8ul,
     "state" / c.Int8ul,
-    "reserved" / c.Int8ul,
+    "flags" / c.Int8ul,  # valid only with RO_COMPAT_SNAPSHOT_FLAGS
     "created_ns" / c.Int64sl,  # since 1970-01-01 UTC
     "volume_bytes" / c.Int64ul,
     "used_blocks" / c.Int64ul,
@@ -327,6 +329,14 @@ def parse_table(raw: bytes, dtype: np.dtype[Any], name: str) -> np.ndarray[Any, 
     return np.frombuffer(raw, dtype)
 
 
+class SnapshotFlags(enum.IntFlag):
+    """What else is known of a snapshot; bits without a name are kept."""
+
+    NONE = 0
+    #: The filesystem was marked with errors at that moment.
+    FILESYSTEM_ERRORS = 1
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """One snapshot instance, as the snapshot table holds it.
@@ -338,6 +348,7 @@ class Snapshot:
         volume_bytes: Size of the view.
         used_blocks: Blocks that the view preserves.
         restored_from: For a safety snapshot, the name of the snapshot that was restored; else "".
+        flags: What else is known of it.
     """
 
     id: int
@@ -351,6 +362,7 @@ class Snapshot:
     volume_bytes: int
     used_blocks: int
     restored_from: str = ""
+    flags: SnapshotFlags = SnapshotFlags.NONE
 
     def build(self) -> bytes:
         """The bytes of this entry in the snapshot table."""
@@ -362,7 +374,7 @@ class Snapshot:
                     "kind": self.kind,
                     "consistency": self.consistency,
                     "state": self.state,
-                    "reserved": 0,
+                    "flags": self.flags,
                     "created_ns": self.created_ns,
                     "volume_bytes": self.volume_bytes,
                     "used_blocks": self.used_blocks,
@@ -394,6 +406,7 @@ def parse_snapshots(raw: bytes) -> list[Snapshot]:
                 volume_bytes=int(entry.volume_bytes),
                 used_blocks=int(entry.used_blocks),
                 restored_from=entry.restored_from.decode(),
+                flags=SnapshotFlags(entry.flags),
             )
             for entry in _parse_entries(raw)
         ]

@@ -11,24 +11,38 @@ from extsnap.errors import NeedsRecovery, VolumeDirty
 from extsnap.ext.filesystem import Filesystem
 
 
-def require_clean(fs: Filesystem, name: str, device: str) -> None:
+def left_undone(fs: Filesystem) -> str:
+    """What must be done before the bitmaps can be believed, as the end of a sentence; empty if nothing.
+
+    A filesystem that is only marked with errors has nothing left undone: its bitmaps are verified group by group.
+    """
+    if fs.needs_recovery:
+        return "needs journal recovery"
+    if not fs.is_clean and not fs.has_errors:
+        return "was not cleanly unmounted"
+    return ""
+
+
+def how_to_repair(name: str) -> str:
+    """The hint of every message about a filesystem that needs e2fsck: it goes through the write path."""
+    return f"run extsnap run {name} -- e2fsck -fy {{}}"
+
+
+def require_clean(fs: Filesystem, name: str) -> None:
     """Refuse a filesystem whose bitmaps cannot be believed yet.
 
     Args:
         fs: The filesystem.
-        name: What a message calls it.
-        device: What e2fsck calls it.
+        name: What messages and the command line call the volume.
 
     Raises:
         NeedsRecovery: The journal must be replayed.
-        VolumeDirty: It was not cleanly unmounted, or is marked with errors.
+        VolumeDirty: It was not cleanly unmounted.
     """
-    if fs.needs_recovery:
-        raise NeedsRecovery(f"{name} needs journal recovery", hint=f"run e2fsck -p {device} first")
-    if fs.has_errors:
-        raise VolumeDirty(f"{name} is marked as having errors", hint=f"run e2fsck -f {device} first")
-    if not fs.is_clean:
-        raise VolumeDirty(f"{name} was not cleanly unmounted", hint=f"run e2fsck -p {device} first")
+    undone = left_undone(fs)
+    if undone:
+        kind = NeedsRecovery if fs.needs_recovery else VolumeDirty
+        raise kind(f"{name} {undone}", hint=how_to_repair(name))
 
 
 def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> Bits:

@@ -90,6 +90,7 @@ class Root:
         size_blocks: Logical size of the store.
         counting: The counting bitmap: bit i is set where snapshot bit i is allocated.
         superblocks: Byte offsets of the superblocks that carry guard, mark and pointer.
+        ro_compat: Feature word of the slots: what a writer must know.
     """
 
     store_uuid: bytes
@@ -114,6 +115,7 @@ class Root:
     restore: RestoreIntent | None = None
     properties: dict[str, str] = field(default_factory=dict)
     fingerprint: bytes = b""
+    ro_compat: int = 0
 
     def allocation_runs(self) -> Ints:
         """Runs (start, length) of every block of extsnap: what the snapshot allocation bitmap holds."""
@@ -201,6 +203,7 @@ class Root:
             blobs = _parse_blobs(parts[section.BLOBS], parts[section.BLOB_RUNS])
             root = cls(
                 store_uuid=slot.store_uuid,
+                ro_compat=int(slot.ro_compat),
                 fs_uuid=slot.fs_uuid,
                 block_size=slot.block_size,
                 generation=slot.generation,
@@ -575,6 +578,7 @@ class Store:
             chain = self.allocate(count)
             first = self._write_chain(chain, raw)
             head = fmt.build_slot(
+                ro_compat=self.root.ro_compat,
                 generation=self.root.generation,
                 store_uuid=self.root.store_uuid,
                 fs_uuid=self.root.fs_uuid,

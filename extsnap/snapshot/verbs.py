@@ -16,6 +16,7 @@ from extsnap.errors import ExtsnapError
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.check import check_store
+from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -67,6 +68,7 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
         "copied_bytes": copied,
         "exclusive_bytes": exclusive,
         "shared_bytes": copied - exclusive,
+        "filesystem_errors": bool(entry.flags & fmt.SnapshotFlags.FILESYSTEM_ERRORS),
     }
 
 
@@ -74,9 +76,29 @@ def _warnings(volume: Volume) -> list[str]:
     if volume.outside_write:
         names = ", ".join(volume.snapshot_names())
         return [f"{volume.name} was written outside extsnap; snapshots at risk: {names}"]
-    if volume.store is not None and volume.medium.state.mark and not volume.serving:
+    if volume.serving:
+        return []
+    fs = volume.filesystem()
+    undone = left_undone(fs)
+    if undone:
+        return [f"{volume.name} {undone}; {how_to_repair(volume.name)}"]
+    if volume.store is not None and volume.medium.state.mark:
         return [f"{volume.name} was not closed; the next command that writes, or extsnap run, completes it"]
-    return []
+    return [_errors_notice(volume)] if fs.has_errors else []
+
+
+def _errors_notice(volume: Volume, more: str = "") -> str:
+    return f"{volume.name} is marked as having errors{more}; {how_to_repair(volume.name)}"
+
+
+def _state(volume: Volume) -> str:
+    """The filesystem's state in a word or two."""
+    fs = volume.filesystem()
+    if fs.needs_recovery:
+        return "needs recovery"
+    if fs.has_errors:
+        return "errors"
+    return "clean" if fs.is_clean else "not cleanly unmounted"
 
 
 def create(
@@ -91,9 +113,11 @@ def create(
     first = not volume.snapshot_list()
     handle = volume.create(name, message, kind=fmt.Kind[kind.upper()])
     notices = []
+    fs = volume.filesystem()
+    if fs.has_errors:
+        notices.append(_errors_notice(volume, ", and the snapshot is recorded as such"))
     if first:
-        fs = volume.filesystem()
-        free = max(0, fs.geometry.free_blocks - fs.geometry.reserved_blocks) // 2
+        free = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
         room = (volume.require_engine().room() + free) * volume.block_size
         notices.append(
             f"plain mounts of {volume.name} are read-only from now on; write through extsnap mount, "
@@ -101,7 +125,7 @@ def create(
         )
         text = f"{room / 2**20:.0f} MiB can be overwritten before space for copies runs out"
         if room < volume.size // 20:
-            text += "; grow the volume with truncate and extsnap run IMAGE -- resize2fs {}"
+            text += f"; grow the volume with truncate and extsnap run {volume.name} -- resize2fs {{}}"
         notices.append(text)
     return {"version": JSON_VERSION, "name": handle.name, "id": handle.id, "notices": notices}
 
@@ -167,6 +191,7 @@ def strip(volume: Volume) -> dict[str, Any]:
         edit.set_up(volume)  # puts one in its place that is known to the last block, and is removed like any
     count = len(volume.snapshot_list())
     if volume.store is not None:
+        require_clean(volume.filesystem(), volume.name)
         if count:
             volume.delete(volume.snapshot_names())
         edit.remove(volume)
@@ -176,7 +201,7 @@ def strip(volume: Volume) -> dict[str, Any]:
 def accept(volume: Volume) -> dict[str, Any]:
     """Go on after an outside write: the snapshots at risk are marked tainted."""
     names = volume.accept_outside_write()
-    return {"version": JSON_VERSION, "tainted": names}
+    return {"version": JSON_VERSION, "tainted": names, "notices": _warnings(volume)}
 
 
 def info(volume: Volume) -> dict[str, Any]:
@@ -207,6 +232,7 @@ def info(volume: Volume) -> dict[str, Any]:
         "free_inodes": geometry.free_inodes,
         "groups": geometry.groups,
         "features": fs.features,
+        "state": _state(volume),
         "offset": volume.offset,
         "partition": volume.partition or None,
         "guard": volume.medium.state.guard,
@@ -326,11 +352,18 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False) -
     for name in names or []:
         volume.find(name)
     store_errors, by_snapshot = check_store(volume)
-    wanted = names or volume.snapshot_names()
+    with_errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS
     return {
         "version": JSON_VERSION,
         "store": {"ok": not store_errors, "errors": store_errors},
-        "snapshots": [{"name": name, "errors": by_snapshot.get(name, [])} for name in wanted],
+        "snapshots": [
+            {
+                "name": entry.name,
+                "errors": by_snapshot.get(entry.name, []),
+                "filesystem_errors": bool(entry.flags & with_errors),
+            }
+            for entry in ([volume.find(name) for name in names] if names else volume.snapshot_list())
+        ],
     }
 
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from extsnap.arrays import Bits, expand
 from extsnap.blockdev.base import Buffer, CloningDevice, Device
+from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free
 from extsnap.errors import (
@@ -42,6 +43,7 @@ from extsnap.errors import (
     SnapshotNotFound,
     StoreDamaged,
     VolumeBusy,
+    VolumeDirty,
     VolumeFull,
 )
 from extsnap.ext.filesystem import Filesystem
@@ -51,7 +53,7 @@ from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
-from extsnap.snapshot.moment import fingerprint, preserved, require_clean
+from extsnap.snapshot.moment import fingerprint, how_to_repair, left_undone, preserved, require_clean
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.warden import Warden
@@ -163,6 +165,8 @@ class Volume:
         self.outside_write = False
         self._warden: Warden | None = None
         self._lost = False  # a failed reload: without the engine nothing would be copied
+        self._deferred: Deferred | None = None  # a repair: whole or not at all
+        self._repair: Medium | None = None  # the same with superblocks as the medium below shows them
         self._load()
         if writable:
             self._recover()
@@ -221,11 +225,6 @@ class Volume:
             image.close()
             raise
 
-    @property
-    def _for_e2fsprogs(self) -> str:
-        """The volume as the programs of e2fsprogs take it."""
-        return f"{self.path}?offset={self.offset}" if self.offset else self.path
-
     # -- opening ----------------------------------------------------------------------------------------
 
     def _load(self) -> None:
@@ -243,7 +242,8 @@ class Volume:
         if self.writable and not self.medium.state.mark:  # the mark keeps all others away: then it was us
             user = fs.mmp_user()
             if user:
-                hint = f"unmount it there; if nobody has it, run tune2fs -f -E clear_mmp {self._for_e2fsprogs}"
+                path = f"{self.path}?offset={self.offset}" if self.offset else self.path  # as e2fsprogs take it
+                hint = f"unmount it there; if nobody has it, run tune2fs -f -E clear_mmp {path}"
                 raise VolumeBusy(f"{self.name} is in use by {user}, as its MMP block says", hint=hint)
         self.block_size = fs.geometry.block_size
         slots = fmt.parse_pointer(self.medium.state.pointer) if self.medium.state.pointer else None
@@ -347,7 +347,7 @@ class Volume:
 
             complete(self)
         fs = self.filesystem()
-        if fs.needs_recovery or not fs.is_clean or fs.has_errors:
+        if left_undone(fs) or (is_open and not fs.is_clean):
             self.needs_replay = True
             return
         try:
@@ -404,16 +404,20 @@ class Volume:
             OutsideWrite: Names the snapshots at risk.
             NeedsRecovery: The journal must be replayed through the write path first.
         """
+        self._require_inside()
+        if self._deferred is not None:
+            raise NeedsRecovery(f"{self.name} is being repaired", hint="wait until that command has ended")
+        if self.needs_replay:
+            undone = left_undone(self.filesystem()) or "was not closed"
+            raise NeedsRecovery(f"{self.name} {undone}", hint=how_to_repair(self.name))
+
+    def _require_inside(self) -> None:
+        """Refuse to change a volume that was written outside extsnap."""
         if self.outside_write:
             names = ", ".join(ascii(snapshot.name) for snapshot in self.snapshot_list())
             raise OutsideWrite(
                 f"{self.name} was written outside extsnap; snapshots at risk: {names}",
                 hint=f"extsnap accept {self.name} goes on with them marked tainted",
-            )
-        if self.needs_replay:
-            raise NeedsRecovery(
-                f"{self.name} was not closed and needs journal recovery",
-                hint=f"run extsnap run {self.name} -- e2fsck -fy {{}}",
             )
 
     # -- pieces -----------------------------------------------------------------------------------------
@@ -439,6 +443,8 @@ class Volume:
         """
         if self._lost:
             raise OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
+        if self._repair is not None:
+            return self._repair
         return self.engine if self.engine is not None else self.medium
 
     def filesystem(self) -> Filesystem:
@@ -526,8 +532,10 @@ class Volume:
             self._reload()
 
     def _open_header(self) -> None:
-        self.set_mark(True)
         store = self.require_store()
+        if self.medium.state.mark and store.root.flags & fmt.SlotFlags.OPEN:
+            return  # a recovery that may be refused changes nothing
+        self.set_mark(True)
         store.root.flags |= fmt.SlotFlags.OPEN
         store.commit()
 
@@ -587,7 +595,8 @@ class Volume:
     ) -> SnapshotHandle:
         """Take a snapshot of the base volume as it is.
 
-        Durable on return.  A crash before the header commit leaves no snapshot, after it a whole one.
+        Durable on return.  A crash before the header commit leaves no snapshot, after it a whole one.  Of a
+        filesystem marked with errors it is recorded as such; groups whose bitmaps do not verify are preserved whole.
 
         Raises:
             SnapshotExists, InvalidName: The name cannot be used.
@@ -602,7 +611,7 @@ class Volume:
             self.engine.flush()
         fs = self.filesystem()
         fs.require_supported()
-        require_clean(fs, self.name, self._for_e2fsprogs)
+        require_clean(fs, self.name)
         try:
             if self.store is None:
                 edit.set_up(self)
@@ -612,8 +621,14 @@ class Volume:
             if self.serving:
                 self._grow_ahead()
             self.settle()
-        except (ExtsnapError, OSError):
+        except (ExtsnapError, OSError) as error:
             self._back_to_rest()
+            if isinstance(error, VolumeFull | FormatError) and fs.has_errors:
+                unsound = int((~fs.sound_groups).sum())
+                reason = f"{self.name} is marked with errors"
+                if unsound:
+                    reason += f", and {unsound} of its {len(fs.sound_groups)} groups do not verify and are left alone"
+                raise VolumeDirty(f"{reason}: {error.message}", hint=how_to_repair(self.name)) from error
             raise
         return SnapshotHandle(self, entry)
 
@@ -688,6 +703,7 @@ class Volume:
         """Write everything of a new snapshot but the header commit that makes it true."""
         engine, store = self.require_engine(), self.require_store()
         bitmaps = self.preserved_now()
+        errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS if self.filesystem().has_errors else fmt.SnapshotFlags.NONE
         rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
         changed = bitmaps[rows]
         which = engine.history.needs_block(changed)
@@ -709,6 +725,7 @@ class Volume:
             volume_bytes=self.size,
             used_blocks=int(np.bitwise_count(bitmaps).sum()),
             restored_from=restored_from,
+            flags=errors,
         )
         store.root.counting |= 1 << bit
         store.root.next_id += 1
@@ -728,6 +745,7 @@ class Volume:
         engine, store = self.require_engine(), self.require_store()
         engine.write_history()
         table = b"".join(entry.build() for entry in sorted(snapshots, key=lambda entry: entry.id))
+        store.root.ro_compat = fmt.RO_COMPAT_SNAPSHOT_FLAGS if any(entry.flags for entry in snapshots) else 0
         store.write_blob(fmt.BlobKind.SNAPSHOTS, 0, table)
 
     def delete(self, names: list[str]) -> int:
@@ -735,8 +753,9 @@ class Volume:
 
         One header commit takes the bits away and drops the records that nobody needs any more; a crash
         before it leaves all of the snapshots, after it none of them.  Then freed blocks go back to the filesystem.
+        A filesystem that needs recovery is not touched: this is what makes room for its recovery.
         """
-        self.require_trusted()
+        self._require_inside()
         engine, store = self.require_engine(), self.require_store()
         gone = [self.find(name) for name in dict.fromkeys(names)]
         ids = {entry.id for entry in gone}
@@ -755,17 +774,15 @@ class Volume:
             store.commit()
             if not rest:
                 engine.rebuild_need()
-            if not self.serving and self._is_editable():
+            if self.needs_replay:
+                return freed * self.block_size  # the mark stays
+            if not self.serving and not left_undone(self.filesystem()):
                 self.give_back(freed, everything=not rest)
             self.settle()
         except (ExtsnapError, OSError):
             self._back_to_rest()
             raise
         return freed * self.block_size
-
-    def _is_editable(self) -> bool:
-        fs = self.filesystem()
-        return not (fs.needs_recovery or fs.has_errors) and fs.is_clean
 
     def give_back(self, freed: int, *, everything: bool = False) -> None:
         """Return freed blocks to the filesystem; the store keeps what its next edit needs."""
@@ -777,6 +794,9 @@ class Volume:
     def accept_outside_write(self) -> list[str]:
         """Go on after an outside write: every snapshot of then is marked tainted; returns their names.
 
+        Where the filesystem needs recovery, what is durable is: the mark, then with one header commit the taint and
+        OPEN.  That is an image whose server was killed, which the next command recovers through the write path.
+
         Raises:
             StoreDamaged: The outside write hit the store's own structures.
         """
@@ -784,21 +804,27 @@ class Volume:
             return []
         engine, store = self.require_engine(), self.require_store()
         fs, root = self.filesystem(), store.root
-        require_clean(fs, self.name, self._for_e2fsprogs)
-        try:
-            graft.verify(fs, root)
-        except ExtsnapError as error:
-            raise StoreDamaged(
-                f"the store's header and its inode do not agree: {error.message}", hint="run extsnap check"
-            ) from error
+        self.needs_replay = bool(left_undone(fs))
+        if self.needs_replay:
+            self.set_mark(True)
+        else:
+            try:
+                graft.verify(fs, root)
+            except ExtsnapError as error:
+                raise StoreDamaged(
+                    f"the store's header and its inode do not agree: {error.message}", hint="run extsnap check"
+                ) from error
         tainted = [replace(entry, state=fmt.State.TAINTED) for entry in engine.snapshots]
         self._write_tables(tainted)
         store.root.flags &= ~fmt.SlotFlags.OPEN
+        if self.needs_replay:
+            store.root.flags |= fmt.SlotFlags.OPEN
         store.root.fingerprint = fingerprint(fs)
         store.commit()
         engine.set_snapshots(tainted)
         self.outside_write = False
-        self.set_mark(False)
+        if not self.needs_replay:
+            self.set_mark(False)
         return [entry.name for entry in tainted]
 
     # -- the served data path ---------------------------------------------------------------------------
@@ -838,30 +864,39 @@ class Volume:
         The image file becomes longer at once and stays so after a crash; the filesystem does not mind.
 
         Raises:
-            OSError: ENOSPC for a partition or a block device, EFBIG past `LARGEST_VOLUME`, or the host's.
+            OSError: ENOSPC for a partition, a block device, or a volume under repair, EFBIG past `LARGEST_VOLUME`,
+                or the host's.
         """
         if size > LARGEST_VOLUME:
             raise OSError(errno.EFBIG, f"{self.name}: {size} bytes are more than a volume may have")
+        if self._deferred is not None:
+            raise OSError(errno.ENOSPC, f"{self.name} cannot grow while it is repaired")
         self.medium.grow(size)
         self.size = self.medium.size
         if self.engine is not None:
             self.engine.grow(self.size)
 
-    def begin_serving(self, *, grow: bool = True, set_up: bool = False) -> None:
+    def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None:
         """Get ready for writes from above: the store grows first, then mark and header say open.
 
-        The store takes the smaller of the bytes still to preserve and half of the free space.
+        The store takes the smaller of the bytes still to preserve and half of the free space.  What is written to a
+        filesystem with snapshots that needs recovery, or may be repaired, waits until `end_serving`.
 
         Args:
             grow: False serves the volume as it is: for a replay.
             set_up: Give a volume without snapshots its store now, with room as if one had just been taken.
+            repair: The command above may be the repair: serve a filesystem that needs one.
+
+        Raises:
+            NeedsRecovery, VolumeDirty: It needs recovery, and this is no repair.
         """
         if self.outside_write:
             self.require_trusted()
-        if grow and not self.needs_replay:
-            fs = self.filesystem()
+        fs = self.filesystem()
+        undone = bool(left_undone(fs))
+        if grow and not self.needs_replay and not (repair and undone):
             fs.require_supported()
-            require_clean(fs, self.name, self._for_e2fsprogs)
+            require_clean(fs, self.name)
             if self.store is None and set_up:
                 edit.set_up(self)
             if self.store is not None:
@@ -872,13 +907,19 @@ class Volume:
             self._copied_before = self.require_store().available
             if self.engine.snapshots:
                 self._open_header()
+                if self.needs_replay or (repair and fs.has_errors):
+                    self._deferred = Deferred(self.engine, self.block_size)
+                    # A replay may bring superblocks with guard and pointer, which a kernel had mounted.
+                    self._repair = Medium(self._deferred)
+                    self._repair.set_offsets(self.medium.offsets)
         self._watch()
 
     def _grow_ahead(self) -> None:
         """Grow the store to what the session ahead may need, and bring a volume without snapshots to rest."""
         engine, store = self.require_engine(), self.require_store()
-        geometry = self.filesystem().geometry
-        half = max(0, geometry.free_blocks - geometry.reserved_blocks) // 2
+        fs = self.filesystem()
+        geometry = fs.geometry
+        half = max(0, fs.free_blocks - geometry.reserved_blocks) // 2
         if engine.snapshots:
             needed = engine.blocks_to_preserve()
         else:
@@ -892,16 +933,26 @@ class Volume:
 
         Returns:
             True if it is clean and carries no mark; False if its filesystem needs recovery, which leaves the mark.
+
+        Raises:
+            VolumeFull: A repair needs more copies than there is room for; nothing of it was done, the mark stays.
         """
         self.base.flush()
         self.serving = False
         self._watch()
+        if self.engine is not None:
+            self.engine.spared = 0
+        try:
+            self._let_repair_through()
+        except ExtsnapError:
+            if not self.needs_replay:
+                self.settle()  # only marked with errors: at rest as before
+            raise
         if self.engine is None:
             return True
-        self.engine.spared = 0
         fs = self.filesystem()
-        if fs.needs_recovery or not fs.is_clean or fs.has_errors:
-            return not self.engine.snapshots
+        if left_undone(fs):
+            return not self.medium.state.mark
         self.needs_replay = False
         if self._forget_stale():
             return True
@@ -920,6 +971,31 @@ class Volume:
         self.settle()
         return True
 
+    def _let_repair_through(self) -> None:
+        """Write what a repair wrote, if all of its copies have room; else drop it.
+
+        Raises:
+            VolumeFull: They have not; names the bytes.  Nothing was changed.
+        """
+        deferred, self._deferred, self._repair = self._deferred, None, None
+        if deferred is None:
+            return
+        engine = self.require_engine()
+        try:
+            engine.commit()
+            copies = engine.copies_for(deferred.written, deferred.blocks())
+            room = max(0, engine.room() - REPAIR_MARGIN)
+            if copies > room:
+                size = self.block_size
+                raise VolumeFull(
+                    f"the repair of {self.name} needs {copies * size} bytes for copies of what snapshots need, and the "
+                    f"store has {room * size}; nothing was changed",
+                    hint="delete a snapshot and run it again; extsnap export saves the snapshot elsewhere first",
+                )
+            deferred.let_through()
+        finally:
+            deferred.close()
+
     # -- verbs ------------------------------------------------------------------------------------------
 
     def verb(self, name: str, /, **arguments: Any) -> dict[str, Any]:
@@ -932,6 +1008,9 @@ class Volume:
 
     def close(self) -> None:
         """Close the image; held writes of a volume that nobody ended serving are lost, as at a power cut."""
+        if self._deferred is not None:
+            self._deferred.close()
+            self._deferred = self._repair = None
         close = getattr(self._device, "close", None)
         if close is not None:
             close()
@@ -948,6 +1027,8 @@ class Volume:
 
 
 MINIMUM_ROOM = edit.MINIMUM_ROOM
+#: Room that a repair leaves for new masks and for what its records are rounded up to.
+REPAIR_MARGIN = 8
 
 
 def open_volume(path: str | Path, *, writable: bool = True) -> Volume:

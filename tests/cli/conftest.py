@@ -102,7 +102,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     fake = FakeSession()
 
     def open_session(
-        image: str, *, writable: bool, partition: int | None = None, as_it_is: bool = False
+        image: str, *, writable: bool, partition: int | None = None, unrecovered: bool = False
     ) -> FakeSession:
         fake.at(partition).opened.append((image, writable))
         answer = fake.answers.get("open")

@@ -10,6 +10,11 @@ import variants
 from arena import arena
 from journey import Journey, refusal
 
+from extsnap.blockdev.image import ImageFile
+from extsnap.blockdev.overlay import Overlay
+from extsnap.ext.filesystem import BLOCK_SIZE_MAX, ROOT_INODE, Filesystem
+from extsnap.ondisk.superblock import State
+
 COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "EXT4-COVERAGE.md"
 
 
@@ -23,6 +28,25 @@ def test_the_journey(name: str) -> None:
             assert variant.refused in refusal(image)
         else:
             Journey(image, scratch, variant.top).travel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, variant in variants.VARIANTS.items() if not variant.refused])
+def test_every_group_verifies_under_the_mark_of_errors(name: str) -> None:
+    """Of a sound volume nothing is distrusted, whatever kind it is."""
+    image = ImageFile(str(variants.image(name)))
+    overlay = Overlay(image, BLOCK_SIZE_MAX)
+    plain = Filesystem.open(overlay, writable=True)
+    bitmaps = plain.block_bitmaps()
+    plain.superblock.s_state = State.ERROR
+    plain.write_superblock()
+    marked = Filesystem.open(overlay)
+    assert marked.has_errors
+    assert marked.sound_groups.all()
+    assert (marked.block_bitmaps() == bitmaps).all()
+    assert marked.free_blocks == plain.geometry.free_blocks
+    assert marked.inode_in_use(ROOT_INODE)
+    image.close()
 
 
 def test_the_support_table_is_of_these_volumes() -> None:

@@ -174,7 +174,7 @@ class FakeVolume:
     def needs_replay(self) -> bool:
         return bool(self._state["mark"]) and self._unclean()
 
-    def begin_serving(self, *, grow: bool = True, set_up: bool = False) -> None:
+    def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None:
         if Path(self.path + ".refuse").exists():
             raise NeedsRecovery("refused to serve", hint="this is a test")
         self._state["mark"] = True

@@ -1,0 +1,80 @@
+"""What is written to a volume under repair waits: all of it happens, or nothing."""
+
+from __future__ import annotations
+
+import lab
+import numpy as np
+import pytest
+
+from extsnap.errors import NeedsRecovery, VolumeFull
+from extsnap.snapshot.volume import Volume
+
+
+@pytest.fixture
+def volume() -> Volume:
+    """A volume that is marked with errors, with one snapshot."""
+    volume = Volume(lab.MemoryDevice(lab.changed_by_debugfs(lab.plain_image("ext4"), "ssv state 2")), writable=True)
+    volume.create("one")
+    return volume
+
+
+def device(volume: Volume) -> lab.MemoryDevice:
+    found = volume._device
+    assert isinstance(found, lab.MemoryDevice)
+    return found
+
+
+def overwrite(volume: Volume, count: int) -> None:
+    """Overwrite blocks that the snapshot needs, some of them twice, with flushes between."""
+    blocks = np.flatnonzero(lab.survey(volume.read(0, volume.size)).files)
+    for turn, block in enumerate(blocks[-count:].tolist() + blocks[-count:].tolist()[:9]):
+        volume.write(block * lab.BLOCK, bytes([turn % 255 + 1]) * lab.BLOCK)
+        if turn % 50 == 0:
+            volume.flush()
+
+
+def test_a_repair_that_has_room(volume: Volume) -> None:
+    base, then = volume.read(0, volume.size), volume.open_view("one").pread(0, volume.size)
+    volume.begin_serving(grow=False, repair=True)
+    medium = bytes(device(volume).content)
+    overwrite(volume, 60)
+    assert volume.read(0, volume.size) != base
+    assert device(volume).content == medium, "the write did not wait"
+    with pytest.raises(NeedsRecovery, match="is being repaired; wait"):
+        volume.create("two")
+    wanted = volume.read(0, volume.size)
+    assert volume.end_serving()
+    assert volume.read(0, volume.size) == wanted
+    assert volume.open_view("one").pread(0, volume.size) == then
+    assert not volume.medium.state.mark
+
+
+def test_a_repair_that_has_none(volume: Volume) -> None:
+    base, then = volume.read(0, volume.size), volume.open_view("one").pread(0, volume.size)
+    volume.begin_serving(grow=False, repair=True)
+    overwrite(volume, 600)
+    with pytest.raises(VolumeFull, match=r"needs 614400 bytes for copies .* the store has \d+; nothing was changed"):
+        volume.end_serving()
+    assert volume.read(0, volume.size) == base
+    assert volume.open_view("one").pread(0, volume.size) == then
+    assert not volume.medium.state.mark, "it is at rest as it was before"
+    assert not lab.complaint(device(volume).content)
+    volume.delete(["one"])
+    volume.begin_serving(grow=False, repair=True)
+    overwrite(volume, 600)
+    assert volume.end_serving()
+
+
+def test_a_last_copy_fits_and_one_more_does_not(volume: Volume) -> None:
+    """Held against what the engine itself promises: whatever is let through never fails half-way."""
+    engine = volume.require_engine()
+    room = engine.room() - 8
+    assert 100 < room < 600
+    for count, fits in ((room + 1, False), (room, True)):
+        volume.begin_serving(grow=False, repair=True)
+        overwrite(volume, count)
+        if fits:
+            assert volume.end_serving()
+        else:
+            with pytest.raises(VolumeFull):
+                volume.end_serving()
