@@ -26,6 +26,7 @@ from extsnap.ext.geometry import Geometry
 from extsnap.ext.groups import GroupTable
 from extsnap.ext.journal import Journal
 from extsnap.ext.mapping import (
+    DIRECT,
     FileMap,
     build_extents,
     build_indirect,
@@ -683,6 +684,24 @@ class Filesystem:
         if inode.i_flags & InodeFlags.EXTENTS:
             return parse_extents(inode.i_block, self.read_blocks, geometry.blocks_count, self._seed(ino, inode))
         return parse_indirect(inode.i_block, self.read_blocks, geometry.blocks_count, geometry.block_size)
+
+    @property
+    def largest_file(self) -> int:
+        """Blocks that one file can have here, as `set_file_map` maps it.
+
+        The least of: what i_block can map (32-bit logical blocks, or indirect blocks to the third level), what
+        i_blocks can count without huge_file, and 2 GiB - 1 without large_file.
+        """
+        size = self.geometry.block_size
+        each = size // 4
+        limits = [0xFFFFFFFF if self._uses_extents else DIRECT + each + each**2 + each**3]
+        features = self.superblock.s_feature_ro_compat
+        if not features & RoCompat.huge_file:
+            sectors = 0xFFFFFFFF // (size // 512)
+            limits.append(sectors - sectors // each - each if self._uses_extents else sectors - 2 * (sectors // each))
+        if not features & RoCompat.large_file:
+            limits.append(0x7FFFFFFF // size)
+        return min(limits)
 
     def mapping_blocks_needed(self, data: Ints) -> int:
         """Blocks of extent nodes or indirect blocks that a new mapping of ``data`` takes."""

@@ -143,7 +143,10 @@ def grow(volume: Volume, blocks: int, *avoid: Bits) -> int:
         geometry = fs.geometry
         free = fs.free_blocks - geometry.reserved_blocks
         # Mapping blocks come out of the same free space: keep some of it for them.
-        ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks)
+        # Holes of the store are filled first, so that its length is never more than its blocks.
+        largest = fs.largest_file // geometry.cluster_blocks * geometry.cluster_blocks
+        limit = largest - int(store.root.extents[:, 2].sum())
+        ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks, limit)
         if ask < 1:
             break
         runs = fs.find_free(ask, avoid=[volume.needed_groups(fs), *avoid])

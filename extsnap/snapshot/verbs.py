@@ -118,14 +118,20 @@ def create(
         notices.append(_errors_notice(volume, ", and the snapshot is recorded as such"))
     if first:
         free = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
-        room = (volume.require_engine().room() + free) * volume.block_size
+        largest = fs.largest_file - int(volume.require_store().root.extents[:, 2].sum())
+        room = (volume.require_engine().room() + min(free, largest)) * volume.block_size
         notices.append(
             f"plain mounts of {volume.name} are read-only from now on; write through extsnap mount, "
             f"take a copy with extsnap export, or delete the last snapshot to lift this"
         )
         text = f"{room / 2**20:.0f} MiB can be overwritten before space for copies runs out"
-        if room < volume.size // 20:
-            text += f"; grow the volume with truncate and extsnap run {volume.name} -- resize2fs {{}}"
+        if largest < free:
+            text += (
+                f", because the store is a file and this filesystem has none larger than "
+                f"{fs.largest_file * volume.block_size / 2**30:.0f} GiB"
+            )
+        elif room < volume.size // 20:
+            text += f"; grow the volume with extsnap run {volume.name} -- resize2fs {{}} SIZE"
         notices.append(text)
     return {"version": JSON_VERSION, "name": handle.name, "id": handle.id, "notices": notices}
 
@@ -219,6 +225,7 @@ def info(volume: Volume) -> dict[str, Any]:
             "copy_bytes": copies * size,
             "metadata_bytes": (total - copies - free) * size,
             "free_bytes": free * size,
+            "largest_bytes": fs.largest_file * size,
         }
     return {
         "version": JSON_VERSION,

@@ -686,10 +686,17 @@ class Volume:
                 return
             if not edit.grow(self, max(wanted - store.available + 32, 64)):
                 break
+        limit = self.store_limit()
         raise VolumeFull(
-            f"the snapshot needs {wanted} free blocks in the store, which has {store.available} and cannot grow",
-            hint="delete a snapshot, delete files, or grow the volume",
+            f"the snapshot needs {wanted} free blocks in the store, which has {store.available} and cannot grow"
+            + (f" past {limit} bytes, the largest file of this filesystem" if limit else ""),
+            hint="delete a snapshot" if limit else "delete a snapshot, delete files, or grow the volume",
         )
+
+    def store_limit(self) -> int:
+        """Bytes that the store can have on this filesystem, where it has got so far; else 0."""
+        fs, owned = self.filesystem(), int(self.require_store().root.extents[:, 2].sum())
+        return fs.largest_file * self.block_size if owned + fs.geometry.cluster_blocks > fs.largest_file else 0
 
     def stage_snapshot(
         self,
