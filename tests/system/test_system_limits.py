@@ -50,7 +50,8 @@ def test_the_largest_file_is_the_kernels(kind: str, block_size: int) -> None:
 def test_a_store_that_has_the_largest_size(kind: str, tmp_path: Path, run_cli: Cli) -> None:
     """Without large_file that is 2 GiB: the store gets there, stays there, and says so."""
     with arena() as top:
-        image = make_volume(top / "disk.img", kind, 6 << 10, "-b", "4096", "-N", "1024", features="^large_file,^resize_inode")
+        small = "^large_file,^resize_inode"
+        image = make_volume(top / "disk.img", kind, 6 << 10, "-b", "4096", "-N", "1024", features=small)
         said = run_cli("create", image, "one").stderr
         assert "this filesystem has none larger than 2 GiB" in said, said
         assert "can be overwritten before space for copies runs out" in said
