@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, expand, runs_of, set_runs
+from extsnap.arrays import Bits, ByteWindows, Ints, expand, runs_of
 from extsnap.blockdev.base import Device, ReadableDevice
 from extsnap.errors import FormatError, NotExtError, UnsupportedFeature, VolumeFull
 from extsnap.ext.bitmaps import choose_free, count_clusters, expand_clusters, pack_clusters, whole_clusters
@@ -41,6 +41,7 @@ from extsnap.ondisk.inode import BASE_SIZE, EXTRA_SIZE, InodeFlags, inode_struct
 from extsnap.ondisk.mmp import MAGIC as MMP_MAGIC
 from extsnap.ondisk.mmp import SEQ_CLEAN, SEQ_FSCK, MmpBlock
 from extsnap.ondisk.superblock import MAGIC, OFFSET, SIZE, Compat, Incompat, RoCompat, State, Superblock
+from extsnap.sparsebits import SparseBits, parts
 
 ROOT_INODE = 2
 BLOCK_SIZE_MAX = 65536
@@ -120,7 +121,7 @@ class Filesystem:
         self.geometry = Geometry.of(self.superblock, device.size)
         self._inode_struct = inode_struct(self.geometry.inode_size)
         self._blocks: dict[int, bytes] = {}
-        self._bitmaps: Bits | None = None
+        self._bitmaps: SparseBits | None = None
         self._dirty_groups: set[int] = set()
         self._dirty_descriptors: set[int] = set()
 
@@ -280,8 +281,8 @@ class Filesystem:
 
     # -- block bitmaps ----------------------------------------------------------------------------------
 
-    def block_bitmaps(self) -> Bits:
-        """All block bitmaps: uint8[groups, blocks_per_group // 8].
+    def block_bitmaps(self) -> SparseBits:
+        """All block bitmaps, in rows of blocks_per_group // 8 bytes.
 
         Row g, bit j is block first_data_block + g * blocks_per_group + j; uninitialised groups are resolved, the
         padding bits of a short last group are set.
@@ -289,40 +290,42 @@ class Filesystem:
         Raises:
             FormatError: A bitmap fails its checksum; names the group.
         """
+        return self._used().copy()
+
+    def _used(self) -> SparseBits:
         if self._bitmaps is None:
             self._bitmaps = self._load_bitmaps()
-        return self._bitmaps.copy()
+        return self._bitmaps
 
-    def _load_bitmaps(self) -> Bits:
+    def _load_bitmaps(self) -> SparseBits:
         geometry = self.geometry
         row_bytes = geometry.clusters_per_group // 8
-        bitmaps = np.zeros((geometry.groups, row_bytes), np.uint8)
-        uninitialised, resolved = self.groups.uninitialised_bitmaps()
-        stored = np.setdiff1d(np.arange(geometry.groups), uninitialised)
-        at = self.groups.column("bg_block_bitmap")[stored]
-        for low in range(0, len(stored), 2048):  # bounded memory: 2,048 groups at a time
-            part = slice(low, low + 2048)
-            bitmaps[stored[part]] = self.read_blocks(at[part])[:, :row_bytes]
-        if geometry.has_metadata_csum:
-            self._verify_bitmaps(bitmaps, stored, "bg_block_bitmap_csum")
-        if geometry.cluster_blocks > 1:
-            bitmaps = expand_clusters(bitmaps, geometry.cluster_blocks)
-        bitmaps[uninitialised] = resolved
-        set_runs(bitmaps[-1], self._padding)
+        bitmaps = SparseBits(geometry.groups, geometry.blocks_per_group // 8)
+        uninitialised, used = self.groups.uninitialised()
+        bitmaps.set(used)
+        at = self.groups.column("bg_block_bitmap")
+        for some in parts(np.setdiff1d(np.arange(geometry.groups), uninitialised)):
+            rows = self.read_blocks(at[some])[:, :row_bytes]
+            if geometry.has_metadata_csum:
+                self._verify_bitmaps(rows, some, "bg_block_bitmap_csum")
+            if geometry.cluster_blocks > 1:
+                rows = expand_clusters(rows, geometry.cluster_blocks)
+            bitmaps.put(some, rows)
+        bitmaps.set(self._padding)
         return bitmaps
 
     @cached_property
     def _padding(self) -> Ints:
-        """Bits of the last group's bitmap behind the end of the volume: int64[1, 2]."""
+        """Bits of the bitmaps behind the end of the volume: int64[1, 2]."""
         geometry = self.geometry
-        in_last = geometry.blocks_count - geometry.first_data_block - (geometry.groups - 1) * geometry.blocks_per_group
-        return np.array([[in_last, geometry.blocks_per_group - in_last]], np.int64)
+        end = geometry.blocks_count - geometry.first_data_block
+        return np.array([[end, geometry.groups * geometry.blocks_per_group - end]], np.int64)
 
     def _verify_bitmaps(self, bitmaps: Bits, which: Ints, field: str) -> None:
         expected = self.groups.column(field)[which]
         mask = 0xFFFFFFFF if self.geometry.desc_size >= 64 else 0xFFFF
         seed = self.geometry.checksum_seed
-        found = np.array([bitmap_checksum(seed, row.data) & mask for row in bitmaps[which]], np.int64)
+        found = np.array([bitmap_checksum(seed, row.data) & mask for row in bitmaps], np.int64)
         bad = np.flatnonzero(found != expected)
         if len(bad):
             group = int(which[bad[0]])
@@ -365,49 +368,46 @@ class Filesystem:
         geometry = self.geometry
         if runs[:, 0].min() < geometry.first_data_block or runs.sum(axis=1).max() > geometry.blocks_count:
             raise FormatError("a block lies outside the volume", structure="block bitmap")
-        if self._bitmaps is None:
-            self._bitmaps = self._load_bitmaps()
+        bitmaps = self._used()
         relative = runs - np.array([geometry.first_data_block, 0])
         if geometry.cluster_blocks > 1:
             relative = whole_clusters(relative, geometry.cluster_blocks)
         first = relative[:, 0] // geometry.blocks_per_group
         last = (relative.sum(axis=1) - 1) // geometry.blocks_per_group
         touched = np.unique(expand(first, last - first + 1))
-        before = np.bitwise_count(self._bitmaps[touched]).sum(dtype=np.int64)
-        set_runs(self._bitmaps.reshape(-1), relative, used)
-        set_runs(self._bitmaps[-1], self._padding)
-        after = np.bitwise_count(self._bitmaps[touched]).sum(dtype=np.int64)
+        before = bitmaps.count_rows(touched)
+        bitmaps.set(relative, used)
+        bitmaps.set(self._padding)
+        after = bitmaps.count_rows(touched)
         in_last = geometry.blocks_count - geometry.first_data_block - int(relative.sum(axis=1).max())
         # The last cluster may reach past the end, where the bits are set for good.
-        if abs(int(after - before)) != int(relative[:, 1].sum()) + min(in_last, 0):
+        if abs(after - before) != int(relative[:, 1].sum()) + min(in_last, 0):
             state = "used" if used else "free"
             raise FormatError(f"a block that becomes {state} is {state} already", structure="block bitmap")
         self._dirty_groups.update(touched.tolist())
 
-    def find_free(self, count: int, *, avoid: Sequence[Bits] = (), min_run: int = 1) -> Ints:
+    def find_free(self, count: int, *, avoid: Sequence[ByteWindows] = (), min_run: int = 1) -> Ints:
         """Up to ``count`` free blocks as runs (start, length), sorted; long runs are preferred.
 
         With bigalloc whole clusters, so that the count is rounded up to clusters.
 
         Args:
             count: Blocks wanted; fewer come back where there are not as many.
-            avoid: uint8[groups, row_bytes] each, blocks not to take.
+            avoid: Bitmaps in the same rows, blocks not to take.
             min_run: Shorter runs are left out.
         """
-        if self._bitmaps is None:
-            self._bitmaps = self._load_bitmaps()
-        taken = [self._bitmaps.reshape(-1), *(bits.reshape(-1) for bits in avoid)]
+        taken = [self._used(), *avoid]
         geometry = self.geometry
         unit = geometry.cluster_blocks
         size = geometry.blocks_count - geometry.first_data_block
         runs = choose_free(taken, size, -(-count // unit) * unit, unit)
         return np.asarray(runs[runs[:, 1] >= min_run] + np.array([geometry.first_data_block, 0]))
 
-    def allocate_blocks(self, count: int, *avoid: Bits) -> Ints:
+    def allocate_blocks(self, count: int, *avoid: ByteWindows) -> Ints:
         """Take ``count`` blocks that need not stand together; with bigalloc each takes a cluster.
 
         Args:
-            avoid: uint8[groups, row_bytes] each, blocks not to take.
+            avoid: Bitmaps in the same rows, blocks not to take.
 
         Returns:
             int64[count], sorted.
@@ -702,7 +702,7 @@ class Filesystem:
         size = geometry.block_size
         if self._dirty_groups and self._bitmaps is not None:
             touched = np.array(sorted(self._dirty_groups), np.int64)
-            rows = self._bitmaps[touched]
+            rows = self._bitmaps.take(touched)
             if geometry.cluster_blocks > 1:
                 rows = pack_clusters(rows, geometry.cluster_blocks)
             free = geometry.clusters_per_group - np.bitwise_count(rows).sum(axis=1, dtype=np.int64)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, bitmap_runs, breaks_to_runs, set_runs, test_bits
+from extsnap.arrays import Ints, bitmap_runs, breaks_to_runs, set_runs
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -100,7 +100,7 @@ def resize(volume: Volume, wanted: Extents) -> None:
     overlay = Overlay(engine, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
     mapping = graft.resize(
-        fs, store.root.store_inode, store.root.extents, store.root.mapping, wanted, volume.needed_groups(fs)
+        fs, store.root.store_inode, store.root.extents, store.root.mapping, wanted, volume.needed_groups()
     )
     fs.flush()
     size = int((wanted[:, 0] + wanted[:, 2]).max())
@@ -124,7 +124,7 @@ def grow(volume: Volume, blocks: int) -> int:
         ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks)
         if ask < 1:
             break
-        runs = fs.find_free(ask, avoid=[volume.needed_groups(fs)])
+        runs = fs.find_free(ask, avoid=[volume.needed_groups()])
         found = int(runs[:, 1].sum())
         if not found:
             break
@@ -190,7 +190,7 @@ def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None
     if engine.owns(positions).any():
         # What is committed must be redone at every open until it is done: never commit what cannot be.
         raise StoreDamaged("a change of the store's size would write into the store", hint="run extsnap check")
-    copies = int(test_bits(engine.need_bits, positions).sum())
+    copies = int(engine.need.test(positions).sum())
     redo_blocks = -(-len(redo) // volume.block_size)
     if redo_blocks + copies > store.available - engine.reserve():
         raise VolumeFull(

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bits_of, distinct
+from extsnap.arrays import ByteWindows, Ints, distinct
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.quota import charge
 from extsnap.snapshot.store import Extents
+from extsnap.sparsebits import SparseBits
 
 ROOT_INODE = 2
 DIRECTORY_NAME = b".extsnap"
@@ -99,8 +100,8 @@ def logical_runs(extents: Extents, count: int) -> Ints:
     return np.concatenate([gaps, np.array([[end, rest]], np.int64)]) if rest else gaps
 
 
-def free_runs(fs: Filesystem, count: int, *avoid: Bits) -> Ints:
-    """``count`` free blocks as runs, none of them in the bitmaps ``avoid`` (uint8[groups, row_bytes] each).
+def free_runs(fs: Filesystem, count: int, *avoid: ByteWindows) -> Ints:
+    """``count`` free blocks as runs, none of them in the bitmaps ``avoid``.
 
     Raises:
         VolumeFull: There are not that many.
@@ -156,7 +157,9 @@ def _new_inode(fs: Filesystem, number: int, mode: int, links: int, flags: int, n
     charge(fs, inode, 0, 1)
 
 
-def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: Bits) -> Ints:
+def resize(
+    fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: ByteWindows
+) -> Ints:
     """Change the store's data blocks from ``extents`` to ``wanted``; returns its mapping blocks then.
 
     Mapping blocks are reused in their order, so that nodes which do not change are not written.
@@ -180,14 +183,14 @@ def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wa
     return mapping
 
 
-def _group_bits(fs: Filesystem, extents: Extents) -> Bits:
-    """The data blocks of ``extents`` as the block bitmaps have them: uint8[groups * row_bytes]."""
+def _group_bits(fs: Filesystem, extents: Extents) -> SparseBits:
+    """The data blocks of ``extents`` in the rows of the block bitmaps."""
     geometry = fs.geometry
     relative = extents[:, 1:] - np.array([geometry.first_data_block, 0])
-    return bits_of(relative, geometry.groups * geometry.blocks_per_group)
+    return SparseBits.of(relative, geometry.groups, geometry.blocks_per_group // 8)
 
 
-def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints | None, avoid: Bits) -> Ints:
+def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints | None, avoid: ByteWindows) -> Ints:
     """In a restored filesystem, put today's store in the place of the one of then (claim 11).
 
     Args:
@@ -208,7 +211,9 @@ def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: I
     fs.set_blocks(old.data[:, 1:], False)
     fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)
     mine = _group_bits(fs, extents)
-    clash = int(np.bitwise_count(mine & fs.block_bitmaps().reshape(-1)).sum())
+    count = mine.total()
+    mine -= fs.block_bitmaps()
+    clash = count - mine.total()
     if clash:
         raise RestoreRefused(
             f"{clash} blocks of the store are in use by the snapshot's files; nothing was changed",

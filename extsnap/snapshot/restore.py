@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, distinct, expand, runs_of, set_runs, test_bits
+from extsnap.arrays import Ints, distinct, expand, runs_of
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -138,9 +138,9 @@ def _recorded_blocks(volume: Volume, target: fmt.Snapshot) -> Ints:
 def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:
     """An upper bound of the copies that writing ``blocks`` makes; with ``everything`` a safety snapshot counts too."""
     engine = volume.require_engine()
-    needed = test_bits(engine.need_bits, blocks + engine.shift)
+    needed = engine.need.test(blocks + engine.shift)
     if everything:
-        needed |= test_bits(volume.preserved_now().reshape(-1), blocks + engine.shift)
+        needed |= volume.preserved_now().test(blocks + engine.shift)
     return int(needed.sum())
 
 
@@ -155,7 +155,7 @@ def _target_metadata(
     engine, store = volume.require_engine(), volume.require_store()
     overlay = Overlay(View(engine, target), volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
-    mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups(fs))
+    mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups())
     journal = fs.journal
     if journal is not None:
         if sequence is None:
@@ -235,4 +235,4 @@ def _drop_equal(volume: Volume, target: fmt.Snapshot, blocks: Ints) -> None:
     engine.index.replace(levels)
     if before:
         store.release(np.setdiff1d(np.concatenate(before), np.concatenate(after)))
-    set_runs(engine.need_bits, runs_of(blocks) + np.array([engine.shift, 0]))
+    engine.need.set(runs_of(blocks) + np.array([engine.shift, 0]))

@@ -446,6 +446,12 @@ class Store:
             if len(piece):
                 self.device.pwrite(int(physical[index]) * size, piece)
 
+    def write_padded(self, logical: Ints, rows: npt.NDArray[np.uint8]) -> None:
+        """Fill blocks (sorted) with one row of ``rows`` each (uint8[n, at most a block]), zeros behind it."""
+        padded = np.zeros((len(rows), self.block_size), np.uint8)
+        padded[:, : rows.shape[1]] = rows
+        self.write_blocks(logical, padded.reshape(-1).data)
+
     def read_blocks(self, logical: Ints) -> npt.NDArray[np.uint8]:
         """Content of blocks, in the order given: uint8[n, block_size]."""
         size = self.block_size

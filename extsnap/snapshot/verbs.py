@@ -315,7 +315,7 @@ def _dump_bitmaps(volume: Volume) -> dict[str, Any]:
     fs = volume.filesystem()
     geometry = fs.geometry
     count = geometry.blocks_count - geometry.first_data_block
-    block = bitmap_runs(fs.block_bitmaps().reshape(-1), count) + np.array([geometry.first_data_block, 0])
+    block = bitmap_runs(fs.block_bitmaps(), count) + np.array([geometry.first_data_block, 0])
     return {"block": block.tolist(), "snapshot": volume.require_store().root.allocation_runs().tolist()}
 
 
