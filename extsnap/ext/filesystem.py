@@ -751,6 +751,6 @@ class Filesystem:
 
 def _runs_in_order(sorted_numbers: Ints) -> list[tuple[int, int]]:
     """(start, count) of runs in a sorted array; a number that stands twice begins a run of its own."""
-    unique = len(np.unique(sorted_numbers)) == len(sorted_numbers)
+    unique = not (sorted_numbers[1:] == sorted_numbers[:-1]).any()
     runs = runs_of(sorted_numbers) if unique else np.stack([sorted_numbers, np.ones_like(sorted_numbers)], axis=1)
     return [(int(start), int(count)) for start, count in runs]

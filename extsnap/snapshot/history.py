@@ -124,8 +124,12 @@ class History:
             loaded = np.zeros((len(part), self.row_bytes), np.uint8)
             self._load(part, loaded)
             rows = self._row[part]
-            first = np.flatnonzero(np.diff(rows, prepend=-1))  # a row may have several bitmaps, side by side
-            out.add(rows[first], np.bitwise_or.reduceat(loaded, first, axis=0))
+            # A row may have several bitmaps, which stand side by side: the first of each row, the second, ...
+            first = np.flatnonzero(np.diff(rows, prepend=-1))
+            rank = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+            for number in range(int(rank.max()) + 1):
+                which = rank == number
+                out.add(rows[which], loaded[which])
         return out
 
     def _group(self, row: int) -> tuple[Bits, Words]:
