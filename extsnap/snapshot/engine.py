@@ -41,8 +41,7 @@ HOLD_ENTRIES = 16384
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
-#: Records worked on at once where all of them are.
-PART_RECORDS = 1 << 18
+CRC_DTYPE = np.dtype("<u4")
 
 
 class Engine:
@@ -104,10 +103,7 @@ class Engine:
         levels = []
         for kind, key in sorted(blobs):
             if kind == fmt.BlobKind.INDEX:
-                table = fmt.parse_table(store.read_blob(fmt.BlobKind.INDEX, key), fmt.RECORD_DTYPE, "index")
-                raw = store.read_blob(fmt.BlobKind.INDEX_CRCS, key)
-                crcs = fmt.parse_table(raw, np.dtype("<u4"), "index checksums")
-                levels.append(self._checked(Level.parse(table, crcs, key)))
+                levels.append(self._checked(self._read_level(key)))
         self.index = Index(sorted(levels, key=len, reverse=True))
         history = np.zeros(0, fmt.HISTORY_DTYPE)
         if (fmt.BlobKind.HISTORY, 0) in blobs:
@@ -122,9 +118,20 @@ class Engine:
             self.index.add(level)
         self._masks_stored = self.masks.count
         for level in self.index.levels:
-            store.mark_used(expand(level.copy[level.copy >= 0], level.length[level.copy >= 0]))
+            for part in level.parts():
+                store.mark_used(level.copies(part))
         store.mark_used(self.history.refs_in_use())
         self.set_snapshots(self.snapshots)
+
+    def _read_level(self, key: int) -> Level:
+        store, records, crcs = self.store, fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS
+        return Level.gather(
+            store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize,
+            store.read_table(records, key, fmt.RECORD_DTYPE),
+            store.blob_length(crcs, key) // CRC_DTYPE.itemsize,
+            store.read_table(crcs, key, CRC_DTYPE),
+            key,
+        )
 
     def _checked(self, level: Level) -> Level:
         copied = level.length[level.copy != fmt.ZERO_COPY].sum() if len(level) else 0
@@ -161,8 +168,7 @@ class Engine:
         """Clear ``need`` where one record names every living snapshot: the steady state after a reopen."""
         everyone: npt.NDArray[np.bool_] = np.asarray(~(~self.masks.rows & self.alive).any(axis=1))
         for level in self.index.levels:
-            for low in range(0, len(level), PART_RECORDS):  # bounded memory
-                part = slice(low, low + PART_RECORDS)
+            for part in level.parts():
                 runs = np.stack([level.block[part] + self.shift, level.length[part]], axis=1)
                 self.need.set(runs[everyone[level.mask[part]]], False)
 
