@@ -570,8 +570,10 @@ class Engine:
         if fresh and sum(map(len, fresh)):
             merged = merge(fresh)
             key = next(key for key in range(len(keys) + 1) if key not in keys)
-            self.store.write_blob(fmt.BlobKind.INDEX, key, merged.build())
-            self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, merged.crcs.astype("<u4").tobytes())
+            size = len(merged) * fmt.RECORD_DTYPE.itemsize
+            self.store.write_pieces(fmt.BlobKind.INDEX, key, size, map(merged.build, merged.parts()))
+            crcs = merged.crcs.astype(CRC_DTYPE, copy=False)
+            self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
             merged.stored, merged.touched = key, False
             kept.append(merged)
             used.add(key)

@@ -23,7 +23,7 @@ Crcs = npt.NDArray[np.uint32]
 
 #: Longest run of one record, in blocks.  It bounds what a merge or a damaged record can cost.
 RUN_MAX = 1024
-#: Records worked on at once where all of them are.
+#: Records, or checksums, worked on at once where all of them are; as many are whole blocks of the store.
 PART_RECORDS = 1 << 18
 #: The write count of a record saturates here.
 WRITES_MAX = 0xFFFFFFFF
@@ -117,11 +117,11 @@ class Level:
         copied = self.copy[part] >= 0
         return expand(self.copy[part][copied], self.length[part][copied])
 
-    def build(self) -> bytes:
-        """The on-disk table of the records; a record counts at least the write that made it."""
-        table = np.zeros(len(self), RECORD_DTYPE)
-        table["block"], table["length"], table["copy"] = self.block, self.length, self.copy
-        table["mask"], table["writes"] = self.mask, np.clip(self.writes, 1, WRITES_MAX)
+    def build(self, part: slice = slice(None)) -> bytes:
+        """The on-disk table of some records; a record counts at least the write that made it."""
+        table = np.zeros(len(self.block[part]), RECORD_DTYPE)
+        table["block"], table["length"], table["copy"] = self.block[part], self.length[part], self.copy[part]
+        table["mask"], table["writes"] = self.mask[part], np.clip(self.writes[part], 1, WRITES_MAX)
         return table.tobytes()
 
     def take(self, which: Ints) -> Level:

@@ -16,7 +16,7 @@ What is durable when
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -474,10 +474,23 @@ class Store:
         Raises:
             VolumeFull: No room; the root is as before.
         """
-        blocks = self.allocate(-(-len(data) // self.block_size))
-        self.write_blocks(blocks, data)
+        self.write_pieces(kind, key, len(data), [data])
+
+    def write_pieces(self, kind: fmt.BlobKind, key: int, length: int, pieces: Iterable[bytes]) -> None:
+        """`write_blob` of ``length`` bytes that come in pieces, all but the last of whole blocks.
+
+        Raises:
+            VolumeFull: No room; the root is as before.
+        """
+        blocks = self.allocate(-(-length // self.block_size))
+        crc = at = 0
+        for piece in pieces:
+            count = -(-len(piece) // self.block_size)
+            self.write_blocks(blocks[at : at + count], piece)
+            crc = fmt.crc(piece, crc)
+            at += count
         self.drop_blob(kind, key)
-        self.root.blobs[kind, key] = Blob(len(data), fmt.crc(data), runs_of(blocks))
+        self.root.blobs[kind, key] = Blob(length, crc, runs_of(blocks))
 
     def drop_blob(self, kind: fmt.BlobKind, key: int) -> None:
         """Remove a blob, if there is one; its blocks are free after the next commit."""

@@ -36,9 +36,10 @@ def _usage(volume: Volume) -> dict[int, tuple[int, int, int]]:
     blocks = np.zeros(count, np.int64)
     records = np.zeros(count, np.int64)
     for level in engine.index.levels:
-        copied = np.where(level.copy == fmt.ZERO_COPY, 0, level.length)
-        blocks += np.bincount(level.mask, weights=copied, minlength=count).astype(np.int64)
-        records += np.bincount(level.mask, minlength=count)
+        for part in level.parts():
+            copied = level.length[part] * (level.copy[part] != fmt.ZERO_COPY)
+            blocks += np.bincount(level.mask[part], weights=copied, minlength=count).astype(np.int64)
+            records += np.bincount(level.mask[part], minlength=count)
     alive = engine.masks.rows & engine.alive
     alone = np.bitwise_count(alive).sum(axis=1) == 1
     usage = {}
