@@ -65,10 +65,10 @@ class GroupTable:
         """Clear a flag of some groups."""
         self._table["bg_flags"][groups] &= np.uint16(~int(flag) & 0xFFFF)
 
-    def _checksums(self, first: int, last: int) -> npt.NDArray[np.uint16]:
+    def _checksums(self, groups: Ints) -> npt.NDArray[np.uint16]:
         return group_checksums(
-            self.raw[first:last],
-            first,
+            self.raw[groups],
+            groups,
             seed=self._geometry.checksum_seed,
             uuid=self._uuid,
             metadata_csum=self._geometry.has_metadata_csum,
@@ -88,7 +88,7 @@ class GroupTable:
         """
         geometry = self._geometry
         if self.has_checksums:
-            bad = np.flatnonzero(self._checksums(0, geometry.groups) != self._table["bg_checksum"])
+            bad = np.flatnonzero(self._checksums(np.arange(geometry.groups)) != self._table["bg_checksum"])
             if len(bad):
                 raise FormatError(
                     f"the checksum of group {bad[0]} is wrong",
@@ -124,8 +124,7 @@ class GroupTable:
     def seal(self, groups: Ints) -> None:
         """Recompute bg_checksum of some groups."""
         if self.has_checksums:
-            for group in groups.tolist():  # groups that an edit touched
-                self._table["bg_checksum"][group] = self._checksums(group, group + 1)[0]
+            self._table["bg_checksum"][groups] = self._checksums(groups)
 
     def uninitialised(self) -> tuple[Ints, Ints]:
         """Groups with BLOCK_UNINIT, int64[n], and the blocks used in them, int64[k, 2]: runs, relative to group 0.

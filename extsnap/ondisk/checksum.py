@@ -94,25 +94,25 @@ def crc32c_rows(seed: int, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32
 
 
 def group_checksums(
-    raw: npt.NDArray[np.uint8], first: int, *, seed: int, uuid: bytes, metadata_csum: bool
+    raw: npt.NDArray[np.uint8], groups: npt.NDArray[np.int64], *, seed: int, uuid: bytes, metadata_csum: bool
 ) -> npt.NDArray[np.uint16]:
     """bg_checksum of group descriptors.
 
     Args:
-        raw: uint8[n, desc_size], the descriptors of groups ``first`` and following.
+        raw: uint8[n, desc_size], the descriptors.
+        groups: int64[n], their numbers.
         seed: Filesystem checksum seed (metadata_csum).
         uuid: s_uuid (uninit_bg).
         metadata_csum: Which of the two kinds.
     """
-    groups = np.arange(first, first + len(raw), dtype="<u4")
+    numbers = groups.astype("<u4").view(np.uint8).reshape(-1, 4)
     if metadata_csum:
         cleared = raw.copy()
         cleared[:, 0x1E:0x20] = 0
-        numbers = groups.view(np.uint8).reshape(-1, 4)
         joined = np.concatenate([numbers, cleared], axis=1)
         return (crc32c_rows(seed, joined) & 0xFFFF).astype(np.uint16)
     head = int(crc16_rows(0xFFFF, np.frombuffer(uuid, np.uint8)[None, :])[0])
-    body = [groups.view(np.uint8).reshape(-1, 4), raw[:, :0x1E]]
+    body = [numbers, raw[:, :0x1E]]
     if raw.shape[1] > 32:
         body.append(raw[:, 0x20:])
     return crc16_rows(head, np.concatenate(body, axis=1))
