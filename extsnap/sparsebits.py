@@ -72,15 +72,15 @@ class SparseBits:
 
     def any(self, start: int, stop: int) -> bool:
         """Whether a bit of [start, stop) is set.  The hot path of reads and writes: one row, as a rule."""
-        row, at = divmod(start, self._row_bits)
-        end = at + stop - start
-        if end > self._row_bits:
+        bits = self._row_bits
+        row = start // bits
+        if stop > (row + 1) * bits:
             return self.count(start, stop) > 0
         slot = self._places[row]
         if slot <= SET:
             return slot == SET and stop > start
-        base = slot * self._row_bits
-        return self._bits.find(1, base + at, base + end) >= 0
+        move = (slot - row) * bits
+        return self._bits.find(1, start + move, stop + move) >= 0
 
     def count(self, start: int, stop: int) -> int:
         """How many bits of [start, stop) are set."""
@@ -150,15 +150,18 @@ class SparseBits:
     # -- changing ---------------------------------------------------------------------------------------
 
     def set_range(self, start: int, stop: int) -> None:
-        """Set [start, stop): the hot path of `set`."""
+        """Set [start, stop): the hot path of `set`, for one short run."""
         row, at = divmod(start, self._row_bits)
         end = at + stop - start
+        if end > self._row_bits:
+            self.set(np.array([[start, stop - start]], np.int64))
+            return
         slot = self._places[row]
-        if end <= self._row_bits and slot > SET:
+        if slot == CLEAR:
+            slot = self._mix(row)
+        if slot > SET:
             base = slot * self._row_bits
             self._bits[base + at : base + end] = 1
-        else:
-            self.set(np.array([[start, stop - start]], np.int64))
 
     def set(self, runs: Ints, value: bool = True) -> None:
         """Set or clear the bits of ``runs``."""
@@ -226,6 +229,25 @@ class SparseBits:
             self._free = np.concatenate([self._free, freed])
         self._slot[rows] = int(value)
 
+    def _mix(self, row: int) -> int:
+        """`_make_mixed` for one row that is all clear; returns its place."""
+        if len(self._free):
+            slot, self._free = int(self._free[-1]), self._free[:-1]
+        else:
+            slot = self._used
+            self._reserve(1)
+            self._used += 1
+        self._pool[slot] = 0
+        self._places[row] = slot
+        return slot
+
+    def _reserve(self, count: int) -> None:
+        """Make room for ``count`` more bitmaps."""
+        if self._used + count > len(self._pool):
+            pool = np.empty((max(self._used + count, 2 * len(self._pool)), self.row_bytes), np.uint8)
+            pool[: self._used] = self._pool[: self._used]
+            self._set_pool(pool)
+
     def _make_mixed(self, rows: Ints) -> None:
         """Give distinct ``rows`` bitmaps of their own, with the bits that they have."""
         rows = rows[self._slot[rows] <= SET]
@@ -233,10 +255,7 @@ class SparseBits:
             return
         reused, self._free = self._free[: len(rows)], self._free[len(rows) :]
         missing = len(rows) - len(reused)
-        if self._used + missing > len(self._pool):
-            pool = np.empty((max(self._used + missing, 2 * len(self._pool)), self.row_bytes), np.uint8)
-            pool[: self._used] = self._pool[: self._used]
-            self._set_pool(pool)
+        self._reserve(missing)
         slots = np.concatenate([reused, np.arange(self._used, self._used + missing)])
         self._used += missing
         self._pool[slots] = np.where(self._slot[rows] == SET, np.uint8(0xFF), np.uint8(0))[:, None]
