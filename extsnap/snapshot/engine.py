@@ -556,27 +556,21 @@ class Engine:
         With ``counts``, levels whose write counts moved are written again too.
         """
         self.index.apply_writes()
-        for level in self.index.levels:
-            if counts and level.touched:
-                level.stored = -1
         levels = sorted(self.index.levels, key=len, reverse=True)
         fresh = [level for level in levels if level.stored < 0]
         kept = [level for level in levels if level.stored >= 0]
         while kept and len(kept[-1]) < 2 * sum(map(len, fresh)):
             fresh.append(kept.pop())
-        blobs = self.store.root.blobs
+        # A large level that is only counted anew stays one of its own: a merge would hold it in memory twice.
+        rewritten = [level for level in kept if counts and level.touched]
+        if sum(map(len, fresh)):
+            kept.append(merge(fresh))
+            rewritten.append(kept[-1])
+        keys = [key for kind, key in self.store.root.blobs if kind == fmt.BlobKind.INDEX]
+        unused = (key for key in range(len(keys) + len(rewritten)) if key not in keys)
+        for level in rewritten:
+            self._write_level(level, next(unused))
         used = {level.stored for level in kept}
-        keys = [key for kind, key in blobs if kind == fmt.BlobKind.INDEX]
-        if fresh and sum(map(len, fresh)):
-            merged = merge(fresh)
-            key = next(key for key in range(len(keys) + 1) if key not in keys)
-            size = len(merged) * fmt.RECORD_DTYPE.itemsize
-            self.store.write_pieces(fmt.BlobKind.INDEX, key, size, map(merged.build, merged.parts()))
-            crcs = merged.crcs.astype(CRC_DTYPE, copy=False)
-            self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
-            merged.stored, merged.touched = key, False
-            kept.append(merged)
-            used.add(key)
         for key in keys:
             if key not in used:
                 self.store.drop_blob(fmt.BlobKind.INDEX, key)
@@ -586,6 +580,14 @@ class Engine:
         self.store.new_epoch()
         if commit:
             self.store.commit()
+
+    def _write_level(self, level: Level, key: int) -> None:
+        """Put a level into the blobs under ``key``."""
+        size = len(level) * fmt.RECORD_DTYPE.itemsize
+        self.store.write_pieces(fmt.BlobKind.INDEX, key, size, map(level.build, level.parts()))
+        crcs = level.crcs.astype(CRC_DTYPE, copy=False)
+        self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
+        level.stored, level.touched = key, False
 
     def write_masks(self) -> None:
         """Put the mask table into its blob."""
