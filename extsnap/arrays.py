@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,14 @@ Ints = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
 
 _PART_BYTES = 1 << 20
+_PART_RUNS = 1 << 16
+
+
+class ByteWindows(Protocol):
+    """A bitmap that is read a slice of bytes at a time: a plain array, or `SparseBits`."""
+
+    def __getitem__(self, window: slice, /) -> Bits:
+        """Bytes [start, stop)."""
 
 
 def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
@@ -71,10 +79,7 @@ def merge_runs(runs: Ints) -> Ints:
 
 
 def bits_of(runs: Ints, size: int) -> Bits:
-    """A packed little-endian bitmap uint8[ceil(size/8)] with the blocks of ``runs`` (start, length) set.
-
-    Works on a difference array over the touched span only, so the cost is linear in that span.
-    """
+    """A packed little-endian bitmap uint8[ceil(size/8)] with the blocks of ``runs`` (start, length) set."""
     bitmap = np.zeros((size + 7) // 8, np.uint8)
     if len(runs):
         set_runs(bitmap, runs)
@@ -84,26 +89,31 @@ def bits_of(runs: Ints, size: int) -> Bits:
 def set_runs(bitmap: Bits, runs: Ints, value: bool = True) -> None:
     """Set or clear the bits of ``runs`` (int64[n, 2], start and length) in a packed bitmap, in place."""
     runs = runs[runs[:, 1] > 0]
-    if not len(runs):
-        return
+    for low in range(0, len(runs), _PART_RUNS):  # bounded memory
+        _set_some(bitmap, runs[low : low + _PART_RUNS], value)
+
+
+def _set_some(bitmap: Bits, runs: Ints, value: bool) -> None:
     start, end = runs[:, 0], runs[:, 0] + runs[:, 1]
-    # Whole bytes inside long runs are filled as slices: long runs are few, short ones go bit by bit.
-    long = runs[:, 1] >= 4096
-    for first, last in zip(start[long].tolist(), end[long].tolist(), strict=True):
-        low, high = (first + 7) // 8, last // 8
+    first, last = start >> 3, (end - 1) >> 3
+    head = (0xFF << (start & 7)).astype(np.uint8)
+    tail = (0xFF >> (-end & 7)).astype(np.uint8)
+    one = first == last
+    _set_bits(bitmap, first, np.where(one, head & tail, head), value)
+    _set_bits(bitmap, last[~one], tail[~one], value)
+    # Whole bytes between: those of long runs, which are few, as slices.
+    inner = np.maximum(last - first - 1, 0)
+    long = inner >= 4096
+    for low, high in zip((first[long] + 1).tolist(), last[long].tolist(), strict=True):
         bitmap[low:high] = 0xFF if value else 0
-        edges = np.concatenate([np.arange(first, low * 8), np.arange(high * 8, last)])
-        _set_bits(bitmap, edges, value)
-    if not long.all():
-        _set_bits(bitmap, expand(start[~long], runs[~long, 1]), value)
+    bitmap[expand(first[~long] + 1, inner[~long])] = 0xFF if value else 0
 
 
-def _set_bits(bitmap: Bits, positions: Ints, value: bool) -> None:
-    bits = (1 << (positions & 7)).astype(np.uint8)
+def _set_bits(bitmap: Bits, at: Ints, bits: Bits, value: bool) -> None:
     if value:
-        np.bitwise_or.at(bitmap, positions >> 3, bits)
+        np.bitwise_or.at(bitmap, at, bits)
     else:
-        np.bitwise_and.at(bitmap, positions >> 3, ~bits)
+        np.bitwise_and.at(bitmap, at, ~bits)
 
 
 def test_bits(bitmap: Bits, positions: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -119,13 +129,13 @@ def set_positions(bitmap: Bits, start: int, stop: int) -> Ints:
     return np.flatnonzero(window) + start
 
 
-def bitmap_runs(bitmap: Bits, size: int) -> Ints:
+def bitmap_runs(bitmap: ByteWindows, size: int) -> Ints:
     """Runs (start, length) of set bits among the first ``size`` bits: int64[n, 2]."""
     parts = list(_iter_runs(size, lambda low, high: bitmap[low:high]))
     return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
 
 
-def iter_clear_runs(bitmaps: Sequence[Bits], size: int) -> Iterator[Ints]:
+def iter_clear_runs(bitmaps: Sequence[ByteWindows], size: int) -> Iterator[Ints]:
     """Runs (start, length) of bits that are clear in all ``bitmaps``, in order, some at a time: int64[n, 2] each."""
     first, *others = bitmaps
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,6 +121,102 @@ def bench_create(directory: Path, count: int, seed: int) -> list[Row]:
         Row(f"{name}, last five creates", "s", late, f"<= {limit:.3f} s", statistics.median(late) <= limit),
         Row(f"{name}, peak memory", "MiB", [rss], "< 512 MiB", rss < 512),
     ]
+
+
+_FIRST_WRITE = """
+import sys
+from extsnap.snapshot.volume import Volume
+volume = Volume.open(sys.argv[1], writable=True)
+volume.begin_serving()
+start, count = volume.open_view(volume.snapshot_names()[-1]).preserved_runs()[-1].tolist()
+# The same content again: whatever it is, the filesystem stays sound, and the old block is copied all the same.
+volume.write(start * volume.block_size, volume.read(start * volume.block_size, volume.block_size))
+volume.flush()
+volume.end_serving()
+volume.close()
+"""
+
+_TEN_MILLION = """
+import sys
+import numpy as np
+import extsnap
+from extsnap.snapshot import edit
+from extsnap.snapshot.index import Level
+volume = extsnap.open(sys.argv[1])
+count = int(sys.argv[2])
+volume.create("many")
+engine, store = volume.engine, volume.store
+size = volume.block_size
+edit.grow(volume, count + 3 * count * 32 // size + 4096)
+owned = store.root.extents
+# Every other block, so that no two records are neighbours; the copies are holes of the image: nobody reads them here.
+blocks = np.arange(count, dtype=np.int64) * 2 + 65536
+mask = engine.masks.intern(engine.alive[None])
+ones = np.ones(count, np.int64)
+copies = store.allocate(count)
+crcs = np.full(count, 0x12345678, np.uint32)
+engine.index.replace([Level(blocks, ones, copies, np.repeat(mask, count), ones.copy(), crcs)])
+engine.fold()
+volume.settle()
+volume.close()
+"""
+
+
+def measured(*command: str | Path) -> tuple[float, float]:
+    """(seconds, peak MiB) of a child that must succeed."""
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        child = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            output.seek(0)
+            raise RuntimeError(f"{command}: {output.read().decode(errors='replace')}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def rows_of(name: str, runs: list[tuple[float, float]], seconds: float, mib: float) -> list[Row]:
+    """Two rows of one command: its time and its memory."""
+    times, peaks = [run[0] for run in runs], [run[1] for run in runs]
+    return [
+        Row(name, "s", times, f"< {seconds:g} s", statistics.median(times) < seconds),
+        Row(f"{name}, peak memory", "MiB", peaks, f"< {mib:g} MiB", max(peaks) < mib),
+    ]
+
+
+def bench_open(directory: Path, name: str, size: str, goals: Mapping[str, tuple[float, float]], runs: int) -> list[Row]:
+    """Whole processes on an empty, sparse ext4 with three snapshots: what opening costs by the size of the volume."""
+    image = directory / "sparse.img"
+    run("truncate", "-s", size, image)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", image)
+    taken = [measured(EXTSNAP, "create", image, f"snapshot-{number}") for number in range(3)]
+    rows = rows_of(f"{name} sparse, first three creates", taken, *goals["create"])
+    for verb in ("info", "list"):
+        rows += rows_of(f"{name} sparse, {verb}", [measured(EXTSNAP, verb, image) for _ in range(runs)], *goals[verb])
+    wrote = [measured(sys.executable, "-c", _FIRST_WRITE, image) for _ in range(2)]
+    rows += rows_of(f"{name} sparse, serve, a first write, end", wrote, *goals["write"])
+    image.unlink()
+    return rows
+
+
+def bench_records(directory: Path, count: int, runs: int) -> list[Row]:
+    """Opening a sparse 1 TiB volume whose store has ``count`` records; reading and for a first served write."""
+    image = directory / "records.img"
+    run("truncate", "-s", "1T", image)
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", image)
+    run(sys.executable, "-c", _TEN_MILLION, image, str(count))
+    name = f"1 TiB, {count} records"
+    rows = rows_of(f"{name}, list", [measured(EXTSNAP, "list", image) for _ in range(runs)], 3, 1024)
+    wrote = [measured(sys.executable, "-c", _FIRST_WRITE, image) for _ in range(2)]
+    rows += rows_of(f"{name}, serve, a first write, end", wrote, 10, 1024)
+    image.unlink()
+    return rows
+
+
+#: (seconds, MiB) by command.  The host's ext4 has no files of 16 TiB: 15.9 TiB stands for it.
+TERABYTE = {"info": (1, 256), "list": (1, 256), "create": (2, 512), "write": (2, 512)}
+SIXTEEN_TERABYTES = {"info": (1, 256), "list": (1, 256), "create": (5, 1024), "write": (5, 1024)}
 
 
 @contextlib.contextmanager
@@ -270,14 +366,21 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--creates", type=int, default=100)
     parser.add_argument("--size", type=int, default=256, help="MiB written by the data path rows")
+    parser.add_argument("--records", type=int, default=10_000_000, help="records of the large store")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=("list", "create", "served"))
+    parser.add_argument("--only", choices=("list", "open", "open16", "records", "create", "served"))
     options = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="extsnap-bench-") as name:
         directory = Path(name)
         if options.only in (None, "list"):
             rows.append(bench_list(directory, 5))
+        if options.only in (None, "open"):
+            rows += bench_open(directory, "1 TiB", "1T", TERABYTE, 5)
+        if options.only in (None, "open16"):
+            rows += bench_open(directory, "15.9 TiB", "16281G", SIXTEEN_TERABYTES, 3)
+        if options.only in (None, "records"):
+            rows += bench_records(directory, options.records, 3)
         if os.geteuid() == 0:
             if options.only in (None, "create"):
                 rows += bench_create(directory, options.creates, options.seed)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, iter_clear_runs
+from extsnap.arrays import Bits, ByteWindows, Ints, iter_clear_runs
 
 #: Run lengths tried in turn: as many blocks as possible come from long runs.
 _PREFERENCES = (4096, 256, 32, 4, 1)
@@ -33,7 +33,7 @@ def pack_clusters(rows: Bits, ratio: int) -> Bits:
     return out
 
 
-def choose_free(taken: Sequence[Bits], size: int, count: int, unit: int = 1) -> Ints:
+def choose_free(taken: Sequence[ByteWindows], size: int, count: int, unit: int = 1) -> Ints:
     """Up to ``count`` free positions as runs (start, length), sorted; long runs first, low addresses first.
 
     Looks no further than the address at which runs of the preferred length suffice.

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, expand, runs_of, set_runs, test_bits
+from extsnap.arrays import Bits, ByteWindows, Ints, expand, runs_of
 from extsnap.blockdev.base import Device, ReadableDevice
 from extsnap.errors import FormatError, NotExtError, UnsupportedFeature, VolumeFull
 from extsnap.ext.bitmaps import choose_free, count_clusters, expand_clusters, pack_clusters, whole_clusters
@@ -43,6 +43,7 @@ from extsnap.ondisk.inode import BASE_SIZE, EXTRA_SIZE, InodeFlags, inode_struct
 from extsnap.ondisk.mmp import MAGIC as MMP_MAGIC
 from extsnap.ondisk.mmp import SEQ_CLEAN, SEQ_FSCK, MmpBlock
 from extsnap.ondisk.superblock import MAGIC, OFFSET, SIZE, Compat, Incompat, RoCompat, State, Superblock
+from extsnap.sparsebits import SparseBits, parts
 
 ROOT_INODE = 2
 BLOCK_SIZE_MAX = 65536
@@ -122,7 +123,7 @@ class Filesystem:
         self.geometry = Geometry.of(self.superblock, device.size)
         self._inode_struct = inode_struct(self.geometry.inode_size)
         self._blocks: dict[int, bytes] = {}
-        self._bitmaps: Bits | None = None
+        self._bitmaps: SparseBits | None = None
         self._sound = np.ones(self.geometry.groups, np.bool_)
         self._dirty_groups: set[int] = set()
         self._dirty_descriptors: set[int] = set()
@@ -164,8 +165,7 @@ class Filesystem:
         descriptor, where the volume has such checksums; as many clusters are free in it as the descriptor counts;
         and all blocks in it that sound descriptors name, and its own superblock and descriptors, are in use.
         """
-        if self._bitmaps is None:
-            self._bitmaps = self._load_bitmaps()
+        self._used()
         return self._sound
 
     @property
@@ -173,7 +173,7 @@ class Filesystem:
         """Blocks that can be taken: as the superblock counts them, or with errors those free in sound groups."""
         if not self.has_errors:
             return self.geometry.free_blocks
-        return int(np.bitwise_count(~self.block_bitmaps()).sum(dtype=np.int64))
+        return self.geometry.groups * self.geometry.blocks_per_group - self._used().total()
 
     # -- what it is -------------------------------------------------------------------------------------
 
@@ -304,8 +304,8 @@ class Filesystem:
 
     # -- block bitmaps ----------------------------------------------------------------------------------
 
-    def block_bitmaps(self) -> Bits:
-        """All block bitmaps: uint8[groups, blocks_per_group // 8].
+    def block_bitmaps(self) -> SparseBits:
+        """All block bitmaps, in rows of blocks_per_group // 8 bytes.
 
         Row g, bit j is block first_data_block + g * blocks_per_group + j; uninitialised groups are resolved, the
         padding bits of a short last group are set.  Of a filesystem with errors, all bits of unsound groups are set.
@@ -313,59 +313,67 @@ class Filesystem:
         Raises:
             FormatError: A bitmap fails its checksum; names the group.
         """
+        return self._used().copy()
+
+    def _used(self) -> SparseBits:
         if self._bitmaps is None:
             self._bitmaps = self._load_bitmaps()
-        return self._bitmaps.copy()
+        return self._bitmaps
 
-    def _load_bitmaps(self) -> Bits:
+    def _load_bitmaps(self) -> SparseBits:
         geometry = self.geometry
         row_bytes = geometry.clusters_per_group // 8
-        bitmaps = np.zeros((geometry.groups, row_bytes), np.uint8)
-        uninitialised, resolved = self.groups.uninitialised_bitmaps()
+        bitmaps = SparseBits(geometry.groups, geometry.blocks_per_group // 8)
+        uninitialised, used = self.groups.uninitialised()
+        bitmaps.set(used)
         stored = np.setdiff1d(np.arange(geometry.groups), uninitialised)
         if self.has_errors:
             self._sound = self.groups.sound()
             stored = stored[self._sound[stored]]
-        at = self.groups.column("bg_block_bitmap")[stored]
-        for low in range(0, len(stored), 2048):  # bounded memory: 2,048 groups at a time
-            part = slice(low, low + 2048)
-            bitmaps[stored[part]] = self.read_blocks(at[part])[:, :row_bytes]
-        if geometry.has_metadata_csum:
-            self._verify_bitmaps(bitmaps, stored, "bg_block_bitmap_csum")
-        if geometry.cluster_blocks > 1:
-            bitmaps = expand_clusters(bitmaps, geometry.cluster_blocks)
-        bitmaps[uninitialised] = resolved
-        set_runs(bitmaps[-1], self._padding)
+        at = self.groups.column("bg_block_bitmap")
+        for some in parts(stored):
+            rows = self.read_blocks(at[some])[:, :row_bytes]
+            if geometry.has_metadata_csum:
+                self._verify_bitmaps(rows, some, "bg_block_bitmap_csum")
+            if geometry.cluster_blocks > 1:
+                rows = expand_clusters(rows, geometry.cluster_blocks)
+            bitmaps.put(some, rows)
+        bitmaps.set(self._padding)
         if self.has_errors:
             self._sound &= self._plausible(bitmaps)
-            bitmaps[~self._sound] = 0xFF
+            unsound = np.flatnonzero(~self._sound) * geometry.blocks_per_group
+            bitmaps.set(np.stack([unsound, np.full_like(unsound, geometry.blocks_per_group)], axis=1))
         return bitmaps
 
-    def _plausible(self, bitmaps: Bits) -> npt.NDArray[np.bool_]:
+    def _plausible(self, bitmaps: SparseBits) -> npt.NDArray[np.bool_]:
         """bool[groups]: the free count is the descriptor's, and metadata is in use; see `sound_groups`."""
         geometry = self.geometry
-        rows = pack_clusters(bitmaps, geometry.cluster_blocks) if geometry.cluster_blocks > 1 else bitmaps
-        free = np.bitwise_count(~rows).sum(axis=1, dtype=np.int64)
+        free = np.zeros(geometry.groups, np.int64)
+        for some in parts(np.arange(geometry.groups)):
+            rows = bitmaps.take(some)
+            if geometry.cluster_blocks > 1:
+                rows = pack_clusters(rows, geometry.cluster_blocks)
+            free[some] = np.bitwise_count(~rows).sum(axis=1, dtype=np.int64)
         plausible = free == self.groups.column("bg_free_blocks_count")
         metadata = self.groups.metadata_runs(self._sound) - np.array([geometry.first_data_block, 0])
-        inside = np.minimum(metadata.sum(axis=1), bitmaps.size * 8) - metadata[:, 0]
+        inside = np.minimum(metadata.sum(axis=1), geometry.groups * geometry.blocks_per_group) - metadata[:, 0]
         blocks = expand(metadata[:, 0], inside)
-        lost = blocks[~test_bits(bitmaps.reshape(-1), blocks)]
+        lost = blocks[~bitmaps.test(blocks)]
         plausible[lost // geometry.blocks_per_group] = False
         return np.asarray(plausible)
 
     @cached_property
     def _padding(self) -> Ints:
-        """Bits of the last group's bitmap behind the end of the volume: int64[1, 2]."""
+        """Bits of the bitmaps behind the end of the volume: int64[1, 2]."""
         geometry = self.geometry
-        in_last = geometry.blocks_count - geometry.first_data_block - (geometry.groups - 1) * geometry.blocks_per_group
-        return np.array([[in_last, geometry.blocks_per_group - in_last]], np.int64)
+        end = geometry.blocks_count - geometry.first_data_block
+        return np.array([[end, geometry.groups * geometry.blocks_per_group - end]], np.int64)
 
     def _verify_bitmaps(self, bitmaps: Bits, which: Ints, field: str) -> None:
         expected = self.groups.column(field)[which]
         mask = 0xFFFFFFFF if self.geometry.desc_size >= 64 else 0xFFFF
         seed = self.geometry.checksum_seed
-        found = np.array([bitmap_checksum(seed, row.data) & mask for row in bitmaps[which]], np.int64)
+        found = np.array([bitmap_checksum(seed, row.data) & mask for row in bitmaps], np.int64)
         bad = np.flatnonzero(found != expected)
         if self.has_errors:
             self._sound[which[bad]] = False
@@ -411,8 +419,7 @@ class Filesystem:
         geometry = self.geometry
         if runs[:, 0].min() < geometry.first_data_block or runs.sum(axis=1).max() > geometry.blocks_count:
             raise FormatError("a block lies outside the volume", structure="block bitmap")
-        if self._bitmaps is None:
-            self._bitmaps = self._load_bitmaps()
+        bitmaps = self._used()
         relative = runs - np.array([geometry.first_data_block, 0])
         if geometry.cluster_blocks > 1:
             relative = whole_clusters(relative, geometry.cluster_blocks)
@@ -423,13 +430,13 @@ class Filesystem:
         first = relative[:, 0] // geometry.blocks_per_group
         last = (relative.sum(axis=1) - 1) // geometry.blocks_per_group
         touched = np.unique(expand(first, last - first + 1))
-        before = np.bitwise_count(self._bitmaps[touched]).sum(dtype=np.int64)
-        set_runs(self._bitmaps.reshape(-1), relative, used)
-        set_runs(self._bitmaps[-1], self._padding)
-        after = np.bitwise_count(self._bitmaps[touched]).sum(dtype=np.int64)
+        before = bitmaps.count_rows(touched)
+        bitmaps.set(relative, used)
+        bitmaps.set(self._padding)
+        after = bitmaps.count_rows(touched)
         in_last = geometry.blocks_count - geometry.first_data_block - int(relative.sum(axis=1).max())
         # The last cluster may reach past the end, where the bits are set for good.
-        if abs(int(after - before)) != int(relative[:, 1].sum()) + min(in_last, 0):
+        if abs(after - before) != int(relative[:, 1].sum()) + min(in_last, 0):
             state = "used" if used else "free"
             raise FormatError(f"a block that becomes {state} is {state} already", structure="block bitmap")
         self._dirty_groups.update(touched.tolist())
@@ -444,30 +451,28 @@ class Filesystem:
         high = np.minimum(relative.sum(axis=1)[run], (group + 1) * per_group)
         return np.stack([low, high - low], axis=1)[self._sound[group]]
 
-    def find_free(self, count: int, *, avoid: Sequence[Bits] = (), min_run: int = 1) -> Ints:
+    def find_free(self, count: int, *, avoid: Sequence[ByteWindows] = (), min_run: int = 1) -> Ints:
         """Up to ``count`` free blocks as runs (start, length), sorted; long runs are preferred.
 
         With bigalloc whole clusters, so that the count is rounded up to clusters.
 
         Args:
             count: Blocks wanted; fewer come back where there are not as many.
-            avoid: uint8[groups, row_bytes] each, blocks not to take.
+            avoid: Bitmaps in the same rows, blocks not to take.
             min_run: Shorter runs are left out.
         """
-        if self._bitmaps is None:
-            self._bitmaps = self._load_bitmaps()
-        taken = [self._bitmaps.reshape(-1), *(bits.reshape(-1) for bits in avoid)]
+        taken = [self._used(), *avoid]
         geometry = self.geometry
         unit = geometry.cluster_blocks
         size = geometry.blocks_count - geometry.first_data_block
         runs = choose_free(taken, size, -(-count // unit) * unit, unit)
         return np.asarray(runs[runs[:, 1] >= min_run] + np.array([geometry.first_data_block, 0]))
 
-    def allocate_blocks(self, count: int, *avoid: Bits) -> Ints:
+    def allocate_blocks(self, count: int, *avoid: ByteWindows) -> Ints:
         """Take ``count`` blocks that need not stand together; with bigalloc each takes a cluster.
 
         Args:
-            avoid: uint8[groups, row_bytes] each, blocks not to take.
+            avoid: Bitmaps in the same rows, blocks not to take.
 
         Returns:
             int64[count], sorted.
@@ -799,7 +804,7 @@ class Filesystem:
         size = geometry.block_size
         if self._dirty_groups and self._bitmaps is not None:
             touched = np.array(sorted(self._dirty_groups), np.int64)
-            rows = self._bitmaps[touched]
+            rows = self._bitmaps.take(touched)
             if geometry.cluster_blocks > 1:
                 rows = pack_clusters(rows, geometry.cluster_blocks)
             free = geometry.clusters_per_group - np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
@@ -858,6 +863,6 @@ class Filesystem:
 
 def _runs_in_order(sorted_numbers: Ints) -> list[tuple[int, int]]:
     """(start, count) of runs in a sorted array; a number that stands twice begins a run of its own."""
-    unique = len(np.unique(sorted_numbers)) == len(sorted_numbers)
+    unique = not (sorted_numbers[1:] == sorted_numbers[:-1]).any()
     runs = runs_of(sorted_numbers) if unique else np.stack([sorted_numbers, np.ones_like(sorted_numbers)], axis=1)
     return [(int(start), int(count)) for start, count in runs]

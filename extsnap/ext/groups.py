@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, set_runs
+from extsnap.arrays import Ints
 from extsnap.errors import FormatError
 from extsnap.ext.bitmaps import whole_clusters
 from extsnap.ext.geometry import Geometry
@@ -66,10 +66,10 @@ class GroupTable:
         """Clear a flag of some groups."""
         self._table["bg_flags"][groups] &= np.uint16(~int(flag) & 0xFFFF)
 
-    def _checksums(self, first: int, last: int) -> npt.NDArray[np.uint16]:
+    def _checksums(self, groups: Ints) -> npt.NDArray[np.uint16]:
         return group_checksums(
-            self.raw[first:last],
-            first,
+            self.raw[groups],
+            groups,
             seed=self._geometry.checksum_seed,
             uuid=self._uuid,
             metadata_csum=self._geometry.has_metadata_csum,
@@ -86,7 +86,7 @@ class GroupTable:
         geometry = self._geometry
         if self.has_checksums:
             found = self._table["bg_checksum"].astype(np.int64)
-            wrong = self._checksums(0, geometry.groups) != found
+            wrong = self._checksums(np.arange(geometry.groups)) != found
             yield wrong, "bg_checksum", found, "the checksum of group {group} is wrong"
         for name, length in (
             ("bg_block_bitmap", 1),
@@ -146,11 +146,10 @@ class GroupTable:
     def seal(self, groups: Ints) -> None:
         """Recompute bg_checksum of some groups."""
         if self.has_checksums:
-            for group in groups.tolist():  # groups that an edit touched
-                self._table["bg_checksum"][group] = self._checksums(group, group + 1)[0]
+            self._table["bg_checksum"][groups] = self._checksums(groups)
 
-    def uninitialised_bitmaps(self) -> tuple[Ints, Bits]:
-        """Groups with BLOCK_UNINIT and the bitmaps that this stands for: int64[n], uint8[n, blocks_per_group // 8].
+    def uninitialised(self) -> tuple[Ints, Ints]:
+        """Groups with BLOCK_UNINIT, int64[n], and the blocks used in them, int64[k, 2]: runs, relative to group 0.
 
         Used are: superblock, descriptors and reserved descriptors where the group has a backup, the group's own
         bitmaps and inode table where they lie inside it, and the padding bits of a short last group.
@@ -158,27 +157,22 @@ class GroupTable:
         geometry = self._geometry
         per_group = geometry.blocks_per_group
         which = np.flatnonzero(self.flags & GroupFlags.BLOCK_UNINIT)
-        bits = np.zeros((len(which), per_group // 8), np.uint8)
-        if not len(which):
-            return which, bits
-        flat = bits.reshape(-1)
-        origin = np.arange(len(which)) * per_group - (which * per_group + geometry.first_data_block)
         heads = np.minimum(geometry.group_heads(which), per_group)
         heads = -(-heads // geometry.cluster_blocks) * geometry.cluster_blocks
-        set_runs(flat, np.stack([np.arange(len(which)) * per_group, heads], axis=1))
+        used = [np.stack([which * per_group, heads], axis=1)]
         for name, length in (
             ("bg_block_bitmap", 1),
             ("bg_inode_bitmap", 1),
             ("bg_inode_table", geometry.inode_table_blocks),
         ):
             at = self.column(name)[which]
-            first = which * per_group + geometry.first_data_block
-            low = np.clip(at, first, first + per_group)
-            high = np.clip(at + length, first, first + per_group)
-            runs = np.stack([low + origin, high - low], axis=1)
-            set_runs(flat, whole_clusters(runs[runs[:, 1] > 0], geometry.cluster_blocks))
-        if which[-1] == geometry.groups - 1:
+            first = which * per_group
+            low = np.clip(at - geometry.first_data_block, first, first + per_group)
+            high = np.clip(at - geometry.first_data_block + length, first, first + per_group)
+            runs = np.stack([low, high - low], axis=1)
+            used.append(whole_clusters(runs[runs[:, 1] > 0], geometry.cluster_blocks))
+        if len(which) and which[-1] == geometry.groups - 1:
             in_last = geometry.blocks_count - geometry.first_data_block - int(which[-1]) * per_group
-            start = (len(which) - 1) * per_group + in_last
-            set_runs(flat, np.array([[start, per_group - in_last]], np.int64))
-        return which, bits
+            used.append(np.array([[int(which[-1]) * per_group + in_last, per_group - in_last]], np.int64))
+        runs = np.concatenate(used)
+        return which, runs[runs[:, 1] > 0]

@@ -64,44 +64,55 @@ def journal_superblock_checksum(raw: bytes) -> int:
     return crc32c_raw(_ONES, raw[:0xFC] + bytes(4) + raw[0x100:1024])
 
 
-def _crc16_table() -> npt.NDArray[np.uint16]:
-    table = np.arange(256, dtype=np.uint16)
+def _table(polynomial: int, kind: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:
+    table = np.arange(256, dtype=kind)
     for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint16(0xA001), table >> 1).astype(np.uint16)
+        table = np.where(table & 1, (table >> 1) ^ kind(polynomial), table >> 1).astype(kind)
     return table
 
 
-_CRC16 = _crc16_table()
+_CRC16 = _table(0xA001, np.uint16)
+_CRC32C = _table(0x82F63B78, np.uint32)
 
 
-def crc16_rows(start: int, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
-    """crc16 (0xA001) of every row of uint8[n, m], continued from ``start``: uint16[n]; one step a column."""
-    crc = np.full(len(rows), start, np.uint16)
-    for column in rows.T:
-        crc = (crc >> 8) ^ _CRC16[(crc ^ column) & 0xFF]
+def _crc_rows(table: npt.NDArray[Any], start: int, rows: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """The checksum of every row of uint8[n, m], continued from ``start``; one step a column."""
+    crc = np.full(len(rows), start, table.dtype)
+    for column in np.ascontiguousarray(rows.T):
+        crc = (crc >> 8) ^ table[(crc ^ column) & 0xFF]
     return crc
 
 
+def crc16_rows(start: int, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
+    """crc16 (0xA001) of every row of uint8[n, m], continued from ``start``: uint16[n]."""
+    return _crc_rows(_CRC16, start, rows)
+
+
+def crc32c_rows(seed: int, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """`crc32c_raw` of every row of uint8[n, m], all at once, for many short rows: uint32[n]."""
+    return _crc_rows(_CRC32C, seed, rows)
+
+
 def group_checksums(
-    raw: npt.NDArray[np.uint8], first: int, *, seed: int, uuid: bytes, metadata_csum: bool
+    raw: npt.NDArray[np.uint8], groups: npt.NDArray[np.int64], *, seed: int, uuid: bytes, metadata_csum: bool
 ) -> npt.NDArray[np.uint16]:
     """bg_checksum of group descriptors.
 
     Args:
-        raw: uint8[n, desc_size], the descriptors of groups ``first`` and following.
+        raw: uint8[n, desc_size], the descriptors.
+        groups: int64[n], their numbers.
         seed: Filesystem checksum seed (metadata_csum).
         uuid: s_uuid (uninit_bg).
         metadata_csum: Which of the two kinds.
     """
-    groups = np.arange(first, first + len(raw), dtype="<u4")
+    numbers = groups.astype("<u4").view(np.uint8).reshape(-1, 4)
     if metadata_csum:
         cleared = raw.copy()
         cleared[:, 0x1E:0x20] = 0
-        numbers = groups.view(np.uint8).reshape(-1, 4)
         joined = np.concatenate([numbers, cleared], axis=1)
-        return np.array([crc32c_raw(seed, row) & 0xFFFF for row in joined], np.uint16)
+        return (crc32c_rows(seed, joined) & 0xFFFF).astype(np.uint16)
     head = int(crc16_rows(0xFFFF, np.frombuffer(uuid, np.uint8)[None, :])[0])
-    body = [groups.view(np.uint8).reshape(-1, 4), raw[:, :0x1E]]
+    body = [numbers, raw[:, :0x1E]]
     if raw.shape[1] > 32:
         body.append(raw[:, 0x20:])
     return crc16_rows(head, np.concatenate(body, axis=1))

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import bits_of, expand
+from extsnap.arrays import expand
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
+from extsnap.sparsebits import SparseBits
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -58,10 +59,13 @@ def _check_bitmaps(volume: Volume) -> list[str]:
     if not np.array_equal(np.sort(found.mapping), np.sort(root.mapping)):
         errors.append("the store's header and its inode name different mapping blocks")
     geometry = fs.geometry
-    mine = bits_of(
-        root.allocation_runs() - np.array([geometry.first_data_block, 0]), geometry.groups * geometry.blocks_per_group
+    mine = SparseBits.of(
+        root.allocation_runs() - np.array([geometry.first_data_block, 0]),
+        geometry.groups,
+        geometry.blocks_per_group // 8,
     )
-    free = int(np.bitwise_count(mine & ~fs.block_bitmaps().reshape(-1)).sum())
+    mine -= fs.block_bitmaps()
+    free = mine.total()
     if free:
         errors.append(f"{free} blocks of the snapshot allocation bitmap are free in the block allocation bitmap")
     return errors

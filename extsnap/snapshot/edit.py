@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bitmap_runs, breaks_to_runs, distinct, runs_of, set_runs, test_bits
+from extsnap.arrays import ByteWindows, Ints, bitmap_runs, breaks_to_runs, distinct, runs_of, set_runs
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -105,7 +105,7 @@ def resize(volume: Volume, wanted: Extents, kind: fmt.PendingKind = fmt.PendingK
     overlay = Overlay(engine, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
     mapping = graft.resize(
-        fs, store.root.store_inode, store.root.extents, store.root.mapping, wanted, volume.needed_groups(fs)
+        fs, store.root.store_inode, store.root.extents, store.root.mapping, wanted, volume.needed_groups()
     )
     fs.flush()
     size = int((wanted[:, 0] + wanted[:, 2]).max())
@@ -129,11 +129,11 @@ def reassert(volume: Volume) -> None:
     finish(volume)
 
 
-def grow(volume: Volume, blocks: int, *avoid: Bits) -> int:
+def grow(volume: Volume, blocks: int, *avoid: ByteWindows) -> int:
     """Add up to ``blocks`` blocks to the store, in steps that its room pays for; returns how many were added.
 
     Blocks that a living snapshot preserves, the reserved blocks of the filesystem, and those in ``avoid``
-    (uint8[groups, row_bytes] each) are left alone.
+    (bits in group rows) are left alone.
     """
     added = 0
     step = blocks
@@ -149,7 +149,7 @@ def grow(volume: Volume, blocks: int, *avoid: Bits) -> int:
         ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks, limit)
         if ask < 1:
             break
-        runs = fs.find_free(ask, avoid=[volume.needed_groups(fs), *avoid])
+        runs = fs.find_free(ask, avoid=[volume.needed_groups(), *avoid])
         found = int(runs[:, 1].sum())
         if not found:
             break
@@ -199,14 +199,14 @@ def _without(root: Root, runs: Ints) -> Extents:
     return graft.keep_logical(root.extents, bitmap_runs(bits, root.size_blocks))
 
 
-def move(volume: Volume, blocks: Ints, *avoid: Bits) -> None:
+def move(volume: Volume, blocks: Ints, *avoid: ByteWindows) -> None:
     """Move the store out of ``blocks`` (physical, sorted): content goes elsewhere, free ones are given back.
 
     The mark goes on and stays on.  The new blocks are needed by no snapshot, so that writing them under the engine
     hurts nobody: see `finish`.
 
     Args:
-        avoid: uint8[groups, row_bytes] each, blocks not to move into.
+        avoid: Bits in group rows, blocks not to move into.
 
     Raises:
         VolumeFull: There is no room for them; nothing was changed.
@@ -226,7 +226,7 @@ def move(volume: Volume, blocks: Ints, *avoid: Bits) -> None:
     free &= np.cumsum(free) > short
     moves = np.isin(logical // unit, distinct(logical[~free] // unit))  # a cluster moves whole
     count = int(moves.sum())
-    runs = fs.find_free(count, avoid=[volume.needed_groups(fs), *avoid]) if count else NO_RUNS
+    runs = fs.find_free(count, avoid=[volume.needed_groups(), *avoid]) if count else NO_RUNS
     if int(runs[:, 1].sum()) < count:
         raise VolumeFull(
             f"{count} blocks of the store must move and only {int(runs[:, 1].sum())} blocks are free that no "
@@ -265,7 +265,7 @@ def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None
     if engine.owns(positions).any():
         # What is committed must be redone at every open until it is done: never commit what cannot be.
         raise StoreDamaged("a change of the store's size would write into the store", hint="run extsnap check")
-    copies = int(test_bits(engine.need_bits, positions).sum())
+    copies = int(engine.need.test(positions).sum())
     redo_blocks = -(-len(redo) // volume.block_size)
     if redo_blocks + copies > store.available - engine.reserve():
         raise VolumeFull(

@@ -27,9 +27,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from bitarray import bitarray
 
-from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of, set_positions, set_runs, test_bits
+from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of, set_positions
 from extsnap.blockdev.base import Buffer
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
@@ -38,6 +37,7 @@ from extsnap.snapshot.index import RUN_MAX, Index, Level, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
 from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.store import Store
+from extsnap.sparsebits import SparseBits
 
 HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384
@@ -45,6 +45,7 @@ HOLD_ENTRIES = 16384
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
+CRC_DTYPE = np.dtype("<u4")
 
 
 class Engine:
@@ -77,12 +78,9 @@ class Engine:
         self.masks = MaskTable()
         self._masks_stored = 0
         self.history = History(self.rows, self.row_bytes, np.zeros(0, fmt.HISTORY_DTYPE), store.read_blocks)
-        self.need_bits: Bits = np.zeros(self.rows * self.row_bytes, np.uint8)
-        self._special_bits: Bits = np.zeros(self.rows * self.row_bytes, np.uint8)
-        self._owned_bits: Bits = np.zeros(self.rows * self.row_bytes, np.uint8)
-        self._need = bitarray(buffer=self.need_bits, endian="little")
-        self._special = bitarray(buffer=self._special_bits, endian="little")
-        self._owned = bitarray(buffer=self._owned_bits, endian="little")
+        self.need = SparseBits(self.rows, self.row_bytes)
+        self._special = SparseBits(self.rows, self.row_bytes)
+        self._owned = SparseBits(self.rows, self.row_bytes)
         self._superblocks = np.array([], np.int64)
         self._arena = memoryview(bytearray(0))
         self._held: list[tuple[int, int, int]] = []  # (position, blocks, offset in the arena), in order of arrival
@@ -113,10 +111,7 @@ class Engine:
         levels = []
         for kind, key in sorted(blobs):
             if kind == fmt.BlobKind.INDEX:
-                table = fmt.parse_table(store.read_blob(fmt.BlobKind.INDEX, key), fmt.RECORD_DTYPE, "index")
-                raw = store.read_blob(fmt.BlobKind.INDEX_CRCS, key)
-                crcs = fmt.parse_table(raw, np.dtype("<u4"), "index checksums")
-                levels.append(self._checked(Level.parse(table, crcs, key)))
+                levels.append(self._checked(self._read_level(key)))
         self.index = Index(sorted(levels, key=len, reverse=True))
         history = np.zeros(0, fmt.HISTORY_DTYPE)
         if (fmt.BlobKind.HISTORY, 0) in blobs:
@@ -131,9 +126,20 @@ class Engine:
             self.index.add(level)
         self._masks_stored = self.masks.count
         for level in self.index.levels:
-            store.mark_used(expand(level.copy[level.copy >= 0], level.length[level.copy >= 0]))
+            for part in level.parts():
+                store.mark_used(level.copies(part))
         store.mark_used(self.history.refs_in_use())
         self.set_snapshots(self.snapshots)
+
+    def _read_level(self, key: int) -> Level:
+        store, records, crcs = self.store, fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS
+        return Level.gather(
+            store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize,
+            store.read_table(records, key, fmt.RECORD_DTYPE),
+            store.blob_length(crcs, key) // CRC_DTYPE.itemsize,
+            store.read_table(crcs, key, CRC_DTYPE),
+            key,
+        )
 
     def _checked(self, level: Level) -> Level:
         copied = level.length[level.copy != fmt.ZERO_COPY].sum() if len(level) else 0
@@ -154,54 +160,47 @@ class Engine:
         """Send reads and writes of superblocks and of the store's own blocks down the slow path."""
         blocks = sorted({at // self.block_size for at in self.medium.offsets})
         self._superblocks = np.array(blocks, np.int64) + self.shift
-        self._special_bits[:] = 0
-        set_runs(self._special_bits, runs_of(self._superblocks))
-        self._owned_bits[:] = 0
+        self._special = SparseBits.of(runs_of(self._superblocks), self.rows, self.row_bytes)
+        self._owned = SparseBits(self.rows, self.row_bytes)
         self.set_owned(self.store.root.extents)
 
     def rebuild_need(self) -> None:
         """Set ``need`` from the history: a superset, see the module."""
-        self.need_bits[:] = self.history.union().reshape(-1)
+        self.need = self.history.union()
         if len(self.snapshots):
             self._clear_recorded()
-        set_runs(self.need_bits, runs_of(self._superblocks))
-        self.need_bits |= self._owned_bits
+        self.need.set(runs_of(self._superblocks))
+        self.need |= self._owned
 
     def _clear_recorded(self) -> None:
         """Clear ``need`` where one record names every living snapshot: the steady state after a reopen."""
         everyone: npt.NDArray[np.bool_] = np.asarray(~(~self.masks.rows & self.alive).any(axis=1))
         for level in self.index.levels:
-            which = everyone[level.mask]
-            blocks = expand(level.block[which], level.length[which])
-            set_runs(self.need_bits, runs_of(distinct(blocks) + self.shift), False)
+            for part in level.parts():
+                runs = np.stack([level.block[part] + self.shift, level.length[part]], axis=1)
+                self.need.set(runs[everyone[level.mask[part]]], False)
 
     def set_owned(self, extents: Ints) -> None:
         """The store's data blocks are now those of ``extents``; blocks that left stay needed until decided."""
-        old = self._owned_bits.copy()
-        self._owned_bits[:] = 0
-        set_runs(self._owned_bits, extents[:, 1:] + np.array([self.shift, 0]))
-        self._special_bits &= ~(old & ~self._owned_bits)
-        self._special_bits |= self._owned_bits
-        self.need_bits |= self._owned_bits
+        left = self._owned
+        self._owned = SparseBits.of(extents[:, 1:] + np.array([self.shift, 0]), self.rows, self.row_bytes)
+        left -= self._owned
+        self._special -= left
+        self._special |= self._owned
+        self.need |= self._owned
 
     def owns(self, positions: Ints) -> npt.NDArray[np.bool_]:
         """bool[n]: which positions are data blocks of the store."""
-        return test_bits(self._owned_bits, positions)
+        return self._owned.test(positions)
 
     def grow(self, size: int) -> None:
         """The medium has ``size`` bytes now, more than before; nothing in the new part is needed by any snapshot."""
         self.size = size
         self.blocks = -(-size // self.block_size)
         self.rows = -(-(self.blocks + self.shift) // (8 * self.row_bytes))
-        more = self.rows * self.row_bytes - len(self.need_bits)
-        # A bitarray keeps the size of its buffer: both are made anew.
-        self.need_bits, self._special_bits, self._owned_bits = (
-            np.concatenate([bits, np.zeros(more, np.uint8)])
-            for bits in (self.need_bits, self._special_bits, self._owned_bits)
+        self.need, self._special, self._owned = (
+            bits.reshaped(self.rows, self.row_bytes) for bits in (self.need, self._special, self._owned)
         )
-        self._need = bitarray(buffer=self.need_bits, endian="little")
-        self._special = bitarray(buffer=self._special_bits, endian="little")
-        self._owned = bitarray(buffer=self._owned_bits, endian="little")
         self.history.grow(self.rows)
 
     # -- reading ----------------------------------------------------------------------------------------
@@ -210,12 +209,12 @@ class Engine:
         """Read the base volume."""
         start = (offset >> self._bits) + self.shift
         stop = ((offset + len(buffer) - 1) >> self._bits) + 1 + self.shift
-        if self._special.find(1, start, stop) < 0:
+        if not self._special.any(start, stop):
             self.medium.device.readinto(offset, buffer)
             return
         self.medium.readinto(offset, buffer)
         origin = offset - ((start - self.shift) << self._bits)
-        for position, count in runs_of(set_positions(self._owned_bits, start, stop)).tolist():
+        for position, count in runs_of(self._owned.positions(start, stop)).tolist():
             self._paste(buffer, origin, position - start, bytes(count << self._bits))
         for position, count, at in self._held:
             if position < stop and position + count > start:
@@ -252,11 +251,11 @@ class Engine:
             raise ValueError(f"write of {length} bytes at {offset} leaves the volume of {self.size}")
         start = (offset >> self._bits) + self.shift
         stop = ((offset + length - 1) >> self._bits) + 1 + self.shift
-        if self._need.find(1, start, stop) < 0:
+        if not self.need.any(start, stop):
             self.medium.device.pwrite(offset, data)
             self.index.count_write(start - self.shift, stop - start)
             return
-        if self._owned.find(1, start, stop) >= 0:
+        if self._owned.any(start, stop):
             self._write_around_store(offset, memoryview(data), start, stop)
             return
         view = memoryview(data)
@@ -282,7 +281,7 @@ class Engine:
         """
         parts = []
         begin = 0
-        for position, count in runs_of(set_positions(self._owned_bits, start, stop)).tolist():
+        for position, count in runs_of(self._owned.positions(start, stop)).tolist():
             low = max(0, ((position - self.shift) << self._bits) - offset)
             high = min(len(data), ((position + count - self.shift) << self._bits) - offset)
             if np.frombuffer(data[low:high], np.uint8).any():
@@ -298,7 +297,7 @@ class Engine:
             self.pwrite(offset + low, data[low:high])
 
     def _cost(self, start: int, stop: int) -> int:
-        return self._need.count(1, start, stop)
+        return self.need.count(start, stop)
 
     @property
     def _batch_limit(self) -> int:
@@ -330,8 +329,9 @@ class Engine:
 
     def blocks_to_preserve(self) -> int:
         """Blocks that would be copied if all of the volume were overwritten now: at most, see `rebuild_need`."""
-        count: int = np.bitwise_count(self.need_bits & ~self._owned_bits).sum(dtype=np.int64)
-        return int(count)
+        left = self.need.copy()
+        left -= self._owned
+        return left.total()
 
     def blocks_for(self, copies: int) -> int:
         """Blocks that ``copies`` copy blocks take, with a record for each that the next fold writes."""
@@ -345,7 +345,7 @@ class Engine:
         if cost <= self.room():
             return
         exact = sum(
-            self._decide(set_positions(self.need_bits, low, min(low + 8192, stop))) for low in range(start, stop, 8192)
+            self._decide(self.need.positions(low, min(low + 8192, stop))) for low in range(start, stop, 8192)
         )
         if exact > max(0, self.room()):
             raise VolumeFull(
@@ -369,7 +369,7 @@ class Engine:
         copies = 0
         for first, last in blocks:
             positions = set_positions(written, first, last) + self.shift
-            copies += self._decide(positions[test_bits(self.need_bits, positions)])
+            copies += self._decide(positions[self.need.test(positions)])
         return copies
 
     def _hold(self, offset: int, data: memoryview) -> None:
@@ -400,9 +400,9 @@ class Engine:
         self._held.append((start, count, at))
         self._held_bytes += count * size
         self._held_cost += cost
-        self._special[start:stop] = 1
+        self._special.set_range(start, stop)
         if cost < count:
-            self._need[start:stop] = 1  # later writes to held blocks go through the hold
+            self.need.set_range(start, stop)  # later writes to held blocks go through the hold
 
     def _read_block(self, position: int, buffer: memoryview) -> None:
         """One block as seen from above; past the end of a ragged last block it is zeros."""
@@ -418,14 +418,15 @@ class Engine:
         if not self._overwrites_due:
             held = np.array(self._held, np.int64)
             positions = distinct(expand(held[:, 0], held[:, 1]))
-            self.preserve(positions[test_bits(self.need_bits, positions)])
+            self.preserve(positions[self.need.test(positions)])
             self._held_cost = 0
             self._overwrites_due = True
         self._overwrite()
         held = np.array(self._held, np.int64)
         runs = held[:, :2]
-        set_runs(self._special_bits, runs, False)
-        set_runs(self._special_bits, runs_of(self._superblocks))
+        self._special.set(runs, False)
+        self._special.set(runs_of(self._superblocks))
+        self._special.tidy(distinct(runs[:, 0] // (self.row_bytes * 8)))
         for position, count, _ in self._held:
             self.index.count_write(position - self.shift, count)
         self._held, self._held_bytes, self._overwrites_due = [], 0, False
@@ -478,8 +479,8 @@ class Engine:
             self._clear_need(part)
 
     def _clear_need(self, positions: Ints) -> None:
-        set_runs(self.need_bits, runs_of(positions[~test_bits(self._owned_bits, positions)]), False)
-        set_runs(self.need_bits, runs_of(self._superblocks))
+        self.need.set(runs_of(positions[~self._owned.test(positions)]), False)
+        self.need.set(runs_of(self._superblocks))
 
     def _copy(self, blocks: Ints, missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
         size = self.block_size
@@ -558,8 +559,8 @@ class Engine:
         self.commit()
         start, stop = (low >> self._bits) + self.shift, (high >> self._bits) + self.shift
         for piece in range(start, stop, 4096):
-            self.preserve(set_positions(self.need_bits, piece, min(piece + 4096, stop)))
-        kept = np.concatenate([set_positions(self._owned_bits, start, stop), [stop]])
+            self.preserve(self.need.positions(piece, min(piece + 4096, stop)))
+        kept = np.concatenate([self._owned.positions(start, stop), [stop]])
         begin = start
         for position, count in runs_of(kept).tolist():
             if position > begin:
@@ -607,33 +608,31 @@ class Engine:
             VolumeFull: There is no room; the index and the root are as before.
         """
         self.index.apply_writes()
-        for level in self.index.levels:
-            if counts and level.touched:
-                level.stored = -1
         levels = sorted(self.index.levels, key=len, reverse=True)
         fresh = [level for level in levels if level.stored < 0]
         kept = [level for level in levels if level.stored >= 0]
         while kept and len(kept[-1]) < 2 * sum(map(len, fresh)):
             fresh.append(kept.pop())
+        # A large level that is only counted anew stays one of its own: a merge would hold it in memory twice.
+        rewritten = [level for level in kept if counts and level.touched]
         size, table = self.block_size, 8 + self.masks.rows.nbytes
-        sizes = (sum(map(len, fresh)) * fmt.RECORD_DTYPE.itemsize, sum(len(level.crcs) for level in fresh) * 4, table)
-        needed = sum(-(-length // size) for length in sizes)
+        written = [fresh, *([level] for level in rewritten)]
+        sizes = [sum(map(len, levels)) * fmt.RECORD_DTYPE.itemsize for levels in written]
+        sizes += [sum(len(level.crcs) for level in levels) * 4 for levels in written]
+        needed = sum(-(-length // size) for length in [*sizes, table])
         if needed > self.store.available:  # asked first: whoever commits next would commit half of a fold
             raise VolumeFull(
                 f"the store has {self.store.available} free blocks and its index needs {needed}",
                 hint="delete a snapshot or free space in the volume",
             )
-        blobs = self.store.root.blobs
+        if sum(map(len, fresh)):
+            kept.append(merge(fresh))
+            rewritten.append(kept[-1])
+        keys = [key for kind, key in self.store.root.blobs if kind == fmt.BlobKind.INDEX]
+        unused = (key for key in range(len(keys) + len(rewritten)) if key not in keys)
+        for level in rewritten:
+            self._write_level(level, next(unused))
         used = {level.stored for level in kept}
-        keys = [key for kind, key in blobs if kind == fmt.BlobKind.INDEX]
-        if fresh and sum(map(len, fresh)):
-            merged = merge(fresh)
-            key = next(key for key in range(len(keys) + 1) if key not in keys)
-            self.store.write_blob(fmt.BlobKind.INDEX, key, merged.build())
-            self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, merged.crcs.astype("<u4").tobytes())
-            merged.stored, merged.touched = key, False
-            kept.append(merged)
-            used.add(key)
         for key in keys:
             if key not in used:
                 self.store.drop_blob(fmt.BlobKind.INDEX, key)
@@ -643,6 +642,14 @@ class Engine:
         self.store.new_epoch()
         if commit:
             self.store.commit()
+
+    def _write_level(self, level: Level, key: int) -> None:
+        """Put a level into the blobs under ``key``."""
+        size = len(level) * fmt.RECORD_DTYPE.itemsize
+        self.store.write_pieces(fmt.BlobKind.INDEX, key, size, map(level.build, level.parts()))
+        crcs = level.crcs.astype(CRC_DTYPE, copy=False)
+        self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
+        level.stored, level.touched = key, False
 
     def write_masks(self) -> None:
         """Put the mask table into its blob."""

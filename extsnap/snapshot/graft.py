@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, bits_of, distinct, expand, runs_of, test_bits
+from extsnap.arrays import ByteWindows, Ints, distinct, expand, runs_of
 from extsnap.errors import FormatError, RestoreRefused, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.quota import charge
 from extsnap.snapshot.store import Extents, Root
+from extsnap.sparsebits import SparseBits
 
 ROOT_INODE = 2
 DIRECTORY_NAME = b".extsnap"
@@ -100,8 +101,8 @@ def logical_runs(extents: Extents, count: int) -> Ints:
     return np.concatenate([gaps, np.array([[end, rest]], np.int64)]) if rest else gaps
 
 
-def free_runs(fs: Filesystem, count: int, *avoid: Bits) -> Ints:
-    """``count`` free blocks as runs, none of them in the bitmaps ``avoid`` (uint8[groups, row_bytes] each).
+def free_runs(fs: Filesystem, count: int, *avoid: ByteWindows) -> Ints:
+    """``count`` free blocks as runs, none of them in the bitmaps ``avoid``.
 
     Raises:
         VolumeFull: There are not that many.
@@ -192,7 +193,8 @@ def _runs(extents: Extents, *blocks: Ints | int) -> Ints:
 def _free_of(fs: Filesystem, runs: Ints) -> Ints:
     """Those of the blocks in ``runs`` that the block bitmaps call free: int64[n], sorted."""
     blocks = distinct(expand(runs[:, 0], runs[:, 1]))
-    return blocks[~test_bits(fs.block_bitmaps().reshape(-1), blocks - fs.geometry.first_data_block)]
+    blocks = blocks[blocks < fs.geometry.blocks_count]
+    return blocks[~fs.block_bitmaps().test(blocks - fs.geometry.first_data_block)]
 
 
 def reassert(fs: Filesystem, root: Root, now: int) -> Ints:
@@ -259,7 +261,9 @@ def _make_file(fs: Filesystem, directory: int, number: int, extents: Extents, ma
         fs.add_entry(directory, FILE_NAME, number, FT_REGULAR)
 
 
-def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: Bits) -> Ints:
+def resize(
+    fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: ByteWindows
+) -> Ints:
     """Change the store's data blocks from ``extents`` to ``wanted``; returns its mapping blocks then.
 
     Mapping blocks are reused in their order, so that nodes which do not change are not written.
@@ -283,14 +287,14 @@ def resize(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wa
     return mapping
 
 
-def _group_bits(fs: Filesystem, extents: Extents) -> Bits:
-    """The data blocks of ``extents`` as the block bitmaps have them: uint8[groups * row_bytes]."""
+def _group_bits(fs: Filesystem, extents: Extents) -> SparseBits:
+    """The data blocks of ``extents`` in the rows of the block bitmaps."""
     geometry = fs.geometry
     relative = extents[:, 1:] - np.array([geometry.first_data_block, 0])
-    return bits_of(relative, geometry.groups * geometry.blocks_per_group)
+    return SparseBits.of(relative, geometry.groups, geometry.blocks_per_group // 8)
 
 
-def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints | None, avoid: Bits) -> Ints:
+def replace_store(fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints | None, avoid: ByteWindows) -> Ints:
     """In a restored filesystem, put today's store in the place of the one of then (claim 11).
 
     Args:
@@ -340,7 +344,7 @@ def in_the_way(fs: Filesystem, store_inode: int, extents: Extents) -> Ints:
     fs.set_blocks(np.stack([old.mapping, np.ones_like(old.mapping)], axis=1), False)
     blocks = np.sort(expand(extents[:, 1], extents[:, 2]))
     inside = int(np.searchsorted(blocks, fs.geometry.blocks_count))
-    used = test_bits(fs.block_bitmaps().reshape(-1), blocks[:inside] - fs.geometry.first_data_block)
+    used = fs.block_bitmaps().test(blocks[:inside] - fs.geometry.first_data_block)
     return np.concatenate([blocks[:inside][used], blocks[inside:]])
 
 

@@ -21,6 +21,9 @@ from extsnap.errors import StoreDamaged
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.format import ALL_CLEAR, ALL_SET
 from extsnap.snapshot.masks import Words, mask_of
+from extsnap.sparsebits import SparseBits, parts
+
+Write = Callable[[Ints, Bits], None]
 
 #: Group rows kept unpacked for the write path, at most this many bytes.
 CACHE_BYTES = 64 << 20
@@ -105,30 +108,33 @@ class History:
                     )
             out[which] = blocks
 
-    def assemble(self, snapshot_id: int) -> Bits:
-        """The whole preserved bitmap of one snapshot: uint8[rows, row_bytes]."""
-        out = np.zeros((self.rows, self.row_bytes), np.uint8)
-        rows, entries = self._entries_at(snapshot_id)
-        if len(rows):
-            loaded = np.zeros((len(rows), self.row_bytes), np.uint8)
-            self._load(entries, loaded)
-            out[rows] = loaded
-        return out
+    def assemble(self, snapshot_id: int) -> SparseBits:
+        """The whole preserved bitmap of one snapshot."""
+        return self._together(self._entries_at(snapshot_id)[1])
 
-    def union(self) -> Bits:
-        """Blocks that any living snapshot preserves: uint8[rows, row_bytes]."""
-        out = np.zeros((self.rows, self.row_bytes), np.uint8)
-        if not self._alive:
-            return out
+    def union(self) -> SparseBits:
+        """Blocks that any living snapshot preserves."""
         used = np.zeros(len(self._row), np.bool_)
         for snapshot_id, _ in self._alive:
             used[self._entries_at(snapshot_id)[1]] = True
-        entries = np.flatnonzero(used & (self._ref != ALL_CLEAR))
-        for start in range(0, len(entries), 4096):
-            part = entries[start : start + 4096]
+        return self._together(np.flatnonzero(used))
+
+    def _together(self, entries: Ints) -> SparseBits:
+        """Blocks that any of ``entries``, sorted, preserves."""
+        per_row = self.row_bytes * 8
+        whole = self._row[entries[self._ref[entries] == ALL_SET]]
+        out = SparseBits(self.rows, self.row_bytes)
+        out.set(np.stack([whole * per_row, np.full_like(whole, per_row)], axis=1))
+        for part in parts(entries[self._ref[entries] >= 0]):
             loaded = np.zeros((len(part), self.row_bytes), np.uint8)
             self._load(part, loaded)
-            np.bitwise_or.at(out, self._row[part], loaded)
+            rows = self._row[part]
+            # A row may have several bitmaps, which stand side by side: the first of each row, the second, ...
+            first = np.flatnonzero(np.diff(rows, prepend=-1))
+            rank = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+            for number in range(int(rank.max()) + 1):
+                which = rank == number
+                out.add(rows[which], loaded[which])
         return out
 
     def _group(self, row: int) -> tuple[Bits, Words]:
@@ -188,23 +194,27 @@ class History:
 
     # -- writing ----------------------------------------------------------------------------------------
 
-    def changed_rows(self, latest_id: int, bitmaps: Bits) -> Ints:
-        """Rows in which ``bitmaps`` (uint8[rows, row_bytes]) differ from those of ``latest_id``."""
-        return np.flatnonzero((self.assemble(latest_id) != bitmaps).any(axis=1))
+    def changed_rows(self, latest_id: int, bits: SparseBits) -> tuple[Ints, Ints]:
+        """Rows in which ``bits`` (tidy) differ from those of ``latest_id``, and which of these need a block."""
+        rows = self.assemble(latest_id).differing_rows(bits)
+        return rows, np.intersect1d(rows, bits.mixed_rows(), assume_unique=True)
 
-    def needs_block(self, bitmaps: Bits) -> npt.NDArray[np.bool_]:
-        """bool[n]: which bitmaps (uint8[n, row_bytes]) are not uniform."""
-        return np.asarray(~((bitmaps == 0).all(axis=1) | (bitmaps == 0xFF).all(axis=1)))
+    def add(self, snapshot_id: int, rows: Ints, bits: SparseBits, refs: Ints, write: Write) -> None:
+        """From ``snapshot_id`` on, ``rows`` are as in ``bits`` (tidy).
 
-    def add(self, snapshot_id: int, rows: Ints, bitmaps: Bits, refs: Ints) -> None:
-        """From ``snapshot_id`` on, ``rows`` have ``bitmaps``; those that need a block are at ``refs``, in order."""
+        Args:
+            refs: Logical blocks for the rows that are mixed, in order.
+            write: Fills logical blocks: (int64[n], uint8[n, row_bytes]).
+        """
         new = np.zeros(len(rows), fmt.HISTORY_DTYPE)
         new["id"], new["row"] = snapshot_id, rows
-        stored = self.needs_block(bitmaps)
-        reference = np.where((bitmaps[:, 0] == 0xFF), ALL_SET, ALL_CLEAR)
-        reference[stored] = refs
-        new["ref"] = reference
-        new["crc"][stored] = [fmt.crc(bitmap.tobytes()) for bitmap in bitmaps[stored]]
+        new["ref"] = np.where(np.isin(rows, bits.set_rows()), ALL_SET, ALL_CLEAR)
+        stored = np.flatnonzero(np.isin(rows, bits.mixed_rows()))
+        new["ref"][stored] = refs
+        for some in parts(np.arange(len(stored))):
+            bitmaps = bits.take(rows[stored[some]])
+            write(refs[some], bitmaps)
+            new["crc"][stored[some]] = [fmt.crc(bitmap.data) for bitmap in bitmaps]
         self._set_table(np.concatenate([self.table, new]))
 
     def collect(self) -> Ints:

@@ -9,7 +9,9 @@ All work is vectorised: a lookup takes a range, or a whole sorted array of block
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ Crcs = npt.NDArray[np.uint32]
 
 #: Longest run of one record, in blocks.  It bounds what a merge or a damaged record can cost.
 RUN_MAX = 1024
+#: Records, or checksums, worked on at once where all of them are; as many are whole blocks of the store.
+PART_RECORDS = 1 << 18
 #: The write count of a record saturates here.
 WRITES_MAX = 0xFFFFFFFF
 
@@ -50,9 +54,11 @@ class Level:
     touched: bool = False
 
     def __post_init__(self) -> None:
-        self.reach = np.maximum.accumulate(self.block + self.length) if len(self.block) else self.block
-        copied = np.where(self.copy == ZERO_COPY, 0, self.length)
-        self.crc_at = np.cumsum(copied) - copied
+        self.reach = self.block + self.length
+        np.maximum.accumulate(self.reach, out=self.reach)
+        copied = self.length * (self.copy != ZERO_COPY)
+        self.crc_at = np.cumsum(copied)
+        self.crc_at -= copied
 
     def __len__(self) -> int:
         return len(self.block)
@@ -76,11 +82,46 @@ class Level:
             stored,
         )
 
-    def build(self) -> bytes:
-        """The on-disk table of the records; a record counts at least the write that made it."""
-        table = np.zeros(len(self), RECORD_DTYPE)
-        table["block"], table["length"], table["copy"] = self.block, self.length, self.copy
-        table["mask"], table["writes"] = self.mask, np.clip(self.writes, 1, WRITES_MAX)
+    @classmethod
+    def gather(
+        cls,
+        records: int,
+        tables: Iterable[np.ndarray[tuple[int], np.dtype[np.void]]],
+        copies: int,
+        crcs: Iterable[Crcs],
+        stored: int,
+    ) -> Level:
+        """From ``records`` entries and ``copies`` checksums that come in pieces, column by column: no second copy."""
+        names = ("block", "length", "copy", "mask", "writes")
+        kinds = (np.int64, np.int64, np.int64, np.uint32, np.int64)
+        columns: list[npt.NDArray[Any]] = [np.empty(records, kind) for kind in kinds]
+        at = 0
+        for table in tables:
+            for name, column in zip(names, columns, strict=True):
+                column[at : at + len(table)] = table[name]
+            at += len(table)
+        joined = np.empty(copies, np.uint32)
+        at = 0
+        for piece in crcs:
+            joined[at : at + len(piece)] = piece
+            at += len(piece)
+        return cls(columns[0], columns[1], columns[2], columns[3], columns[4], joined, stored)
+
+    def parts(self) -> Iterator[slice]:
+        """Slices of the records that are small enough for work that takes memory for each block."""
+        for low in range(0, len(self), PART_RECORDS):
+            yield slice(low, low + PART_RECORDS)
+
+    def copies(self, part: slice = slice(None)) -> Ints:
+        """Logical blocks of the copies of some records, in their order: int64[n]."""
+        copied = self.copy[part] >= 0
+        return expand(self.copy[part][copied], self.length[part][copied])
+
+    def build(self, part: slice = slice(None)) -> bytes:
+        """The on-disk table of some records; a record counts at least the write that made it."""
+        table = np.zeros(len(self.block[part]), RECORD_DTYPE)
+        table["block"], table["length"], table["copy"] = self.block[part], self.length[part], self.copy[part]
+        table["mask"], table["writes"] = self.mask[part], np.clip(self.writes[part], 1, WRITES_MAX)
         return table.tobytes()
 
     def take(self, which: Ints) -> Level:

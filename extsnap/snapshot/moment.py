@@ -6,9 +6,10 @@ import hashlib
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, set_runs
+from extsnap.arrays import Ints
 from extsnap.errors import NeedsRecovery, VolumeDirty
 from extsnap.ext.filesystem import Filesystem
+from extsnap.sparsebits import SparseBits, parts
 
 
 def left_undone(fs: Filesystem) -> str:
@@ -45,8 +46,8 @@ def require_clean(fs: Filesystem, name: str) -> None:
         raise kind(f"{name} {undone}", hint=how_to_repair(name))
 
 
-def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> Bits:
-    """What a snapshot taken now preserves: uint8[rows, row_bytes], by position (block + shift).
+def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> SparseBits:
+    """What a snapshot taken now preserves, in ``rows`` of ``row_bytes``, by position (block + shift).
 
     Used blocks by ext's bitmaps, the blocks that no bitmap covers (before s_first_data_block, past
     s_blocks_count), and the store's mapping blocks; without the store's data, the data of an empty journal,
@@ -59,22 +60,19 @@ def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int
         owned: Physical runs (start, length) of the store's data.
     """
     geometry = fs.geometry
-    bitmap = np.zeros((rows, row_bytes), np.uint8)
-    flat = bitmap.reshape(-1)
-    first = row_bytes if shift else 0
-    groups = fs.block_bitmaps().reshape(-1)
-    flat[first : first + len(groups)] = groups[: len(flat) - first]
-    set_runs(flat, np.array([[shift, geometry.first_data_block]], np.int64))
+    bits = fs.block_bitmaps().reshaped(rows, row_bytes, 1 if shift else 0)
+    bits.set(np.array([[shift, geometry.first_data_block]], np.int64))
     end = rows * row_bytes * 8
-    set_runs(flat, np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
-    set_runs(flat, np.array([[blocks + shift, end - blocks - shift]], np.int64), False)
+    bits.set(np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
+    bits.set(np.array([[blocks + shift, end - blocks - shift]], np.int64), False)
     move = np.array([shift, 0], np.int64)
-    set_runs(flat, owned + move, False)
-    set_runs(flat, fs.inode_table_unused() + move, False)
+    bits.set(owned + move, False)
+    bits.set(fs.inode_table_unused() + move, False)
     journal = fs.journal
     if journal is not None and journal.is_empty:
-        set_runs(flat, journal.data_runs + move, False)
-    return bitmap
+        bits.set(journal.data_runs + move, False)
+    bits.tidy()
+    return bits
 
 
 def fingerprint(fs: Filesystem) -> bytes:
@@ -91,5 +89,7 @@ def fingerprint(fs: Filesystem) -> bytes:
     if fs.journal is not None:
         digest.update(fs.device.pread(fs.journal.superblock_block * size, 1024))
     if not geometry.has_metadata_csum:
-        digest.update(fs.block_bitmaps().tobytes())
+        bitmaps = fs.block_bitmaps()
+        for some in parts(np.arange(bitmaps.rows)):
+            digest.update(bitmaps.take(some).data)
     return digest.digest()

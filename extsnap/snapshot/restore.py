@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Bits, Ints, distinct, expand, runs_of, set_runs, test_bits
+from extsnap.arrays import Ints, distinct, expand, runs_of
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, SnapshotNotFound, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -30,6 +30,7 @@ from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import Level
 from extsnap.snapshot.store import RestoreIntent
 from extsnap.snapshot.view import View
+from extsnap.sparsebits import SparseBits
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -106,11 +107,11 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     return entry
 
 
-def _move_out(volume: Volume, target: fmt.Snapshot) -> tuple[Bits, list[int]]:
+def _move_out(volume: Volume, target: fmt.Snapshot) -> tuple[SparseBits, list[int]]:
     """Move the store out of blocks that the restored volume uses for files, or that lie past its end.
 
     Returns:
-        (blocks that the store must not take until the restore is done: uint8[groups, row_bytes], today's groups;
+        (blocks that the store must not take until the restore is done, in today's groups;
         byte offsets of the restored volume's superblocks).
 
     Raises:
@@ -120,9 +121,9 @@ def _move_out(volume: Volume, target: fmt.Snapshot) -> tuple[Bits, list[int]]:
     then = Filesystem.open(Overlay(View(volume.require_engine(), target), volume.block_size), writable=True)
     blocks = graft.in_the_way(then, root.store_inode, root.extents)
     now = Filesystem.open(volume.require_engine()).geometry
-    avoid = np.full((now.groups, now.blocks_per_group // 8), 0xFF, np.uint8)
-    groups = min(now.groups, then.geometry.groups)
-    avoid[:groups] = then.block_bitmaps()[:groups]
+    avoid = then.block_bitmaps().reshaped(now.groups, now.blocks_per_group // 8)
+    behind = min(now.groups, then.geometry.groups) * now.blocks_per_group
+    avoid.set(np.array([[behind, now.groups * now.blocks_per_group - behind]], np.int64))
     if len(blocks):
         edit.move(volume, blocks, avoid)
     return avoid, volume.superblock_offsets(then)
@@ -166,9 +167,9 @@ def _recorded_blocks(volume: Volume, target: fmt.Snapshot) -> Ints:
 def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:
     """An upper bound of the copies that writing ``blocks`` makes; with ``everything`` a safety snapshot counts too."""
     engine = volume.require_engine()
-    needed = test_bits(engine.need_bits, blocks + engine.shift)
+    needed = engine.need.test(blocks + engine.shift)
     if everything:
-        needed |= test_bits(volume.preserved_now().reshape(-1), blocks + engine.shift)
+        needed |= volume.preserved_now().test(blocks + engine.shift)
     return int(needed.sum())
 
 
@@ -183,7 +184,7 @@ def _target_metadata(
     engine, store = volume.require_engine(), volume.require_store()
     overlay = Overlay(View(engine, target), volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
-    mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups(fs))
+    mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups())
     journal = fs.journal
     if journal is not None:
         if sequence is None:
@@ -279,4 +280,4 @@ def _drop_equal(volume: Volume, target: fmt.Snapshot, blocks: Ints) -> None:
     engine.index.replace(levels)
     if before:
         store.release(np.setdiff1d(np.concatenate(before), np.concatenate(after)))
-    set_runs(engine.need_bits, runs_of(blocks) + np.array([engine.shift, 0]))
+    engine.need.set(runs_of(blocks) + np.array([engine.shift, 0]))

@@ -16,6 +16,7 @@ What is durable when
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +50,8 @@ NO_BLOCKS: Ints = np.zeros(0, np.int64)
 SLOT_BLOCKS = 2
 #: Content that moves is copied in pieces of this many bytes.
 CARRY_BYTES = 4 << 20
+#: About as many bytes of a blob are read at once.
+PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -486,6 +489,12 @@ class Store:
             done[index : index + count] = True
         return done
 
+    def write_padded(self, logical: Ints, rows: npt.NDArray[np.uint8]) -> None:
+        """Fill blocks (sorted) with one row of ``rows`` each (uint8[n, at most a block]), zeros behind it."""
+        padded = np.zeros((len(rows), self.block_size), np.uint8)
+        padded[:, : rows.shape[1]] = rows
+        self.write_blocks(logical, padded.reshape(-1).data)
+
     def read_blocks(self, logical: Ints) -> npt.NDArray[np.uint8]:
         """Content of blocks, in the order given: uint8[n, block_size]."""
         size = self.block_size
@@ -524,10 +533,23 @@ class Store:
         Raises:
             VolumeFull: No room; the root is as before.
         """
-        blocks = self.allocate(-(-len(data) // self.block_size))
-        self.write_blocks(blocks, data)
+        self.write_pieces(kind, key, len(data), [data])
+
+    def write_pieces(self, kind: fmt.BlobKind, key: int, length: int, pieces: Iterable[bytes]) -> None:
+        """`write_blob` of ``length`` bytes that come in pieces, all but the last of whole blocks.
+
+        Raises:
+            VolumeFull: No room; the root is as before.
+        """
+        blocks = self.allocate(-(-length // self.block_size))
+        crc = at = 0
+        for piece in pieces:
+            count = -(-len(piece) // self.block_size)
+            self.write_blocks(blocks[at : at + count], piece)
+            crc = fmt.crc(piece, crc)
+            at += count
         self.drop_blob(kind, key)
-        self.root.blobs[kind, key] = Blob(len(data), fmt.crc(data), runs_of(blocks))
+        self.root.blobs[kind, key] = Blob(length, crc, runs_of(blocks))
 
     def drop_blob(self, kind: fmt.BlobKind, key: int) -> None:
         """Remove a blob, if there is one; its blocks are free after the next commit."""
@@ -541,17 +563,45 @@ class Store:
         Raises:
             StoreDamaged: It is missing or fails its checksum.
         """
+        return b"".join(self._blob_pieces(kind, key, 1))
+
+    def blob_length(self, kind: fmt.BlobKind, key: int) -> int:
+        """Bytes of the blob under (kind, key).
+
+        Raises:
+            StoreDamaged: It is missing, or longer than its blocks.
+        """
         blob = self.root.blobs.get((kind, key))
-        name = f"{kind.name.lower()} {key}"
         if blob is None:
-            raise StoreDamaged(f"store: {name} is missing")
+            raise StoreDamaged(f"store: {kind.name.lower()} {key} is missing")
         room = int(blob.runs[:, 1].sum()) * self.block_size if len(blob.runs) else 0
         if blob.length > room or room > self.device.size:
-            raise StoreDamaged(f"store: {name} is longer than its blocks")
-        data = self.read_blocks(expand(blob.runs[:, 0], blob.runs[:, 1])).tobytes()[: blob.length]
-        if fmt.crc(data) != blob.crc:
-            raise StoreDamaged(f"store: {name} fails its checksum")
-        return data
+            raise StoreDamaged(f"store: {kind.name.lower()} {key} is longer than its blocks")
+        return blob.length
+
+    def read_table(self, kind: fmt.BlobKind, key: int, dtype: np.dtype[Any]) -> Iterator[np.ndarray[Any, Any]]:
+        """The entries of a blob, some at a time: a large one is never in memory whole.
+
+        Raises:
+            StoreDamaged: As `read_blob`; a wrong checksum shows at the end only, so nothing of it counts before.
+        """
+        for piece in self._blob_pieces(kind, key, dtype.itemsize):
+            yield fmt.parse_table(piece, dtype, f"{kind.name.lower()} {key}")
+
+    def _blob_pieces(self, kind: fmt.BlobKind, key: int, entry_bytes: int) -> Iterator[bytes]:
+        """The bytes of a blob in pieces of whole entries."""
+        left = self.blob_length(kind, key)
+        blob = self.root.blobs[kind, key]
+        blocks = expand(blob.runs[:, 0], blob.runs[:, 1])
+        step = entry_bytes * max(1, PIECE_BYTES // (entry_bytes * self.block_size))
+        crc = 0
+        for low in range(0, len(blocks), step):
+            piece = self.read_blocks(blocks[low : low + step]).tobytes()[:left]
+            crc = fmt.crc(piece, crc)
+            left -= len(piece)
+            yield piece
+        if crc != blob.crc:
+            raise StoreDamaged(f"store: {kind.name.lower()} {key} fails its checksum")
 
     # -- header -----------------------------------------------------------------------------------------
 

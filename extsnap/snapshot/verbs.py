@@ -37,9 +37,10 @@ def _usage(volume: Volume) -> dict[int, tuple[int, int, int]]:
     blocks = np.zeros(count, np.int64)
     records = np.zeros(count, np.int64)
     for level in engine.index.levels:
-        copied = np.where(level.copy == fmt.ZERO_COPY, 0, level.length)
-        blocks += np.bincount(level.mask, weights=copied, minlength=count).astype(np.int64)
-        records += np.bincount(level.mask, minlength=count)
+        for part in level.parts():
+            copied = level.length[part] * (level.copy[part] != fmt.ZERO_COPY)
+            blocks += np.bincount(level.mask[part], weights=copied, minlength=count).astype(np.int64)
+            records += np.bincount(level.mask[part], minlength=count)
     alive = engine.masks.rows & engine.alive
     alone = np.bitwise_count(alive).sum(axis=1) == 1
     usage = {}
@@ -350,7 +351,7 @@ def _dump_bitmaps(volume: Volume) -> dict[str, Any]:
     fs = volume.filesystem()
     geometry = fs.geometry
     count = geometry.blocks_count - geometry.first_data_block
-    block = bitmap_runs(fs.block_bitmaps().reshape(-1), count) + np.array([geometry.first_data_block, 0])
+    block = bitmap_runs(fs.block_bitmaps(), count) + np.array([geometry.first_data_block, 0])
     return {"block": block.tolist(), "snapshot": volume.require_store().root.allocation_runs().tolist()}
 
 

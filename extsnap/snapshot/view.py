@@ -125,8 +125,8 @@ class View:
     def preserved_runs(self) -> Ints:
         """Runs (start block, length) of everything that the snapshot preserves: int64[n, 2]."""
         engine = self.engine
-        bitmap = engine.history.assemble(self.id).reshape(-1)
-        return np.asarray(bitmap_runs(bitmap, engine.rows * engine.row_bytes * 8) - np.array([engine.shift, 0]))
+        bits = engine.history.assemble(self.id)
+        return np.asarray(bitmap_runs(bits, engine.rows * engine.row_bytes * 8) - np.array([engine.shift, 0]))
 
     def pieces(self, piece_bytes: int = 4 << 20) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of everything preserved, in order, in bounded pieces; the rest is zeros.

@@ -25,9 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from extsnap.arrays import Bits, expand
+from extsnap.arrays import expand
 from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.image import ImageFile
@@ -57,6 +55,7 @@ from extsnap.snapshot.moment import fingerprint, how_to_repair, left_undone, pre
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.warden import Warden
+from extsnap.sparsebits import SparseBits
 
 NAME_BYTES_MAX = 255
 #: Bytes; a stray seek must not make bitmaps that fill the memory.
@@ -459,14 +458,10 @@ class Volume:
         """Nanoseconds since 1970."""
         return self._clock()
 
-    def needed_groups(self, fs: Filesystem) -> Bits:
-        """Blocks that a living snapshot preserves, in ext's group rows: uint8[groups, row_bytes]."""
+    def needed_groups(self) -> SparseBits:
+        """Blocks that a living snapshot preserves; read byte by byte as ext's block bitmaps are."""
         engine = self.require_engine()
-        union = engine.history.union().reshape(-1)[engine.row_bytes if engine.shift else 0 :]
-        groups, row_bytes = fs.geometry.groups, fs.geometry.blocks_per_group // 8
-        if len(union) < groups * row_bytes:  # rows may be shorter than groups
-            union = np.concatenate([union, np.zeros(groups * row_bytes - len(union), np.uint8)])
-        return union[: groups * row_bytes].reshape(groups, row_bytes)
+        return engine.history.union().reshaped(engine.rows, engine.row_bytes, -1 if engine.shift else 0)
 
     def set_mark(self, mark: bool) -> None:
         """Put the dirty mark on, or take it off and set the guard as it should be; durable on return."""
@@ -657,8 +652,8 @@ class Volume:
             name = f"{base}-{number}"
         return name
 
-    def preserved_now(self) -> Bits:
-        """What a snapshot taken now would preserve: uint8[rows, row_bytes]."""
+    def preserved_now(self) -> SparseBits:
+        """What a snapshot taken now would preserve, by position."""
         engine, store = self.require_engine(), self.require_store()
         fs = self.filesystem()
         owned = store.root.extents[:, 1:]
@@ -667,10 +662,8 @@ class Volume:
     def snapshot_blocks(self) -> int:
         """Blocks that the tables of a snapshot taken now would take."""
         engine, store = self.require_engine(), self.require_store()
-        bitmaps = self.preserved_now()
-        rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
-        stored = int(engine.history.needs_block(bitmaps[rows]).sum())
-        return stored + len(rows) * fmt.HISTORY_DTYPE.itemsize * 2 // self.block_size
+        rows, stored = engine.history.changed_rows(store.root.next_id - 1, self.preserved_now())
+        return len(stored) + len(rows) * fmt.HISTORY_DTYPE.itemsize * 2 // self.block_size
 
     def make_room_for_snapshot(self, extra: int = 0) -> None:
         """See that the store has room for one more snapshot and ``extra`` copies, growing it where needed.
@@ -709,16 +702,10 @@ class Volume:
     ) -> fmt.Snapshot:
         """Write everything of a new snapshot but the header commit that makes it true."""
         engine, store = self.require_engine(), self.require_store()
-        bitmaps = self.preserved_now()
+        bits = self.preserved_now()
         errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS if self.filesystem().has_errors else fmt.SnapshotFlags.NONE
-        rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
-        changed = bitmaps[rows]
-        which = engine.history.needs_block(changed)
-        refs = store.allocate(int(which.sum()))
-        padded = np.zeros((len(refs), self.block_size), np.uint8)
-        padded[:, : engine.row_bytes] = changed[which]
-        store.write_blocks(refs, padded.reshape(-1).data)
-        engine.history.add(store.root.next_id, rows, changed, refs)
+        rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
+        engine.history.add(store.root.next_id, rows, bits, store.allocate(len(stored)), store.write_padded)
         bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
         entry = fmt.Snapshot(
             id=store.root.next_id,
@@ -730,13 +717,13 @@ class Volume:
             state=fmt.State.OK,
             created_ns=created,
             volume_bytes=self.size,
-            used_blocks=int(np.bitwise_count(bitmaps).sum()),
+            used_blocks=bits.total(),
             restored_from=restored_from,
             flags=errors,
         )
         store.root.counting |= 1 << bit
         store.root.next_id += 1
-        self._staged = ([*engine.snapshots, entry], bitmaps)
+        self._staged = ([*engine.snapshots, entry], bits)
         self._write_tables(self._staged[0])
         return entry
 
@@ -744,9 +731,9 @@ class Volume:
         """Make the staged snapshot true and let the write path know before the next write."""
         engine, store = self.require_engine(), self.require_store()
         store.commit()
-        snapshots, bitmaps = self._staged
+        snapshots, bits = self._staged
         engine.set_snapshots(snapshots)
-        engine.need_bits |= bitmaps.reshape(-1)
+        engine.need |= bits
 
     def _write_tables(self, snapshots: list[fmt.Snapshot]) -> None:
         engine, store = self.require_engine(), self.require_store()
@@ -925,12 +912,8 @@ class Volume:
         """Grow the store to what the session ahead may need, and bring a volume without snapshots to rest."""
         engine, store = self.require_engine(), self.require_store()
         fs = self.filesystem()
-        geometry = fs.geometry
-        half = max(0, fs.free_blocks - geometry.reserved_blocks) // 2
-        if engine.snapshots:
-            needed = engine.blocks_to_preserve()
-        else:
-            needed = int(np.bitwise_count(self.preserved_now()).sum(dtype=np.int64))
+        half = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
+        needed = engine.blocks_to_preserve() if engine.snapshots else self.preserved_now().total()
         edit.grow(self, min(needed + MINIMUM_ROOM + engine.reserve() - store.available, half))
         if not engine.snapshots:
             self.settle()

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from lab import BLOCK, Flags, MemoryDevice
 
-from extsnap.arrays import runs_of, set_runs
+from extsnap.arrays import runs_of
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View
+from extsnap.sparsebits import SparseBits
 
 TAIL = 300
 LOG_BLOCKS = 24
@@ -116,19 +117,14 @@ class Bench:
         """What `Volume.stage_snapshot` and `commit_snapshot` do, with a bitmap of the test's."""
         engine, store = self.engine, self.store
         engine.flush()
-        bitmaps = np.zeros((engine.rows, engine.row_bytes), np.uint8)
-        set_runs(bitmaps.reshape(-1), runs_of(np.flatnonzero(preserved)) + np.array([engine.shift, 0]))
-        rows = engine.history.changed_rows(store.root.next_id - 1, bitmaps)
-        changed = bitmaps[rows]
-        which = engine.history.needs_block(changed)
-        if store.available < engine.reserve() + int(which.sum()) + 50:
+        runs = runs_of(np.flatnonzero(preserved)) + np.array([engine.shift, 0])
+        bits = SparseBits.of(runs, engine.rows, engine.row_bytes)
+        bits.tidy()
+        rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
+        if store.available < engine.reserve() + len(stored) + 50:
             return False
-        refs = store.allocate(int(which.sum()))
-        padded = np.zeros((len(refs), BLOCK), np.uint8)
-        padded[:, : engine.row_bytes] = changed[which]
-        store.write_blocks(refs, padded.reshape(-1).data)
         number = store.root.next_id
-        engine.history.add(number, rows, changed, refs)
+        engine.history.add(number, rows, bits, store.allocate(len(stored)), store.write_padded)
         bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
         assert bit not in {snapshot.bit for snapshot in self.snapshots}
         kind, consistency, state = fmt.Kind.MANUAL, fmt.Consistency.CLEAN, fmt.State.OK
@@ -140,7 +136,7 @@ class Bench:
         store.commit()
         self.snapshots.append(snapshot)
         engine.set_snapshots(list(self.snapshots))
-        engine.need_bits |= bitmaps.reshape(-1)
+        engine.need |= bits
         self.moments[number] = Moment(preserved, bytes(self.base))
         return True
 

@@ -36,7 +36,9 @@ UNINITIALISED = {
 def used_by_bitmaps(fs: Filesystem) -> np.ndarray:
     """bool[blocks_count]; blocks before the first group count as used."""
     geometry = fs.geometry
-    bits = np.unpackbits(fs.block_bitmaps().reshape(-1), bitorder="little").astype(np.bool_)
+    bits = np.unpackbits(fs.block_bitmaps().take(np.arange(geometry.groups)).reshape(-1), bitorder="little").astype(
+        np.bool_
+    )
     inside = geometry.blocks_count - geometry.first_data_block
     assert bits[inside:].all(), "padding bits of the last group are set"
     return np.concatenate([np.ones(geometry.first_data_block, np.bool_), bits[:inside]])
