@@ -342,7 +342,8 @@ class Filesystem:
         if self.has_errors:
             self._sound &= self._plausible(bitmaps)
             unsound = np.flatnonzero(~self._sound) * geometry.blocks_per_group
-            bitmaps.set(np.stack([unsound, np.full_like(unsound, geometry.blocks_per_group)], axis=1))
+            whole = np.full_like(unsound, geometry.blocks_per_group)
+            bitmaps.set(np.stack([unsound, whole], axis=1))
         return bitmaps
 
     def _plausible(self, bitmaps: SparseBits) -> npt.NDArray[np.bool_]:

@@ -40,7 +40,7 @@ def test_a_sound_filesystem_with_the_mark(kind: str) -> None:
     assert fs.has_errors
     assert fs.sound_groups.all()
     assert fs.free_blocks == fs.geometry.free_blocks == lab.survey(plain).free
-    assert np.array_equal(fs.block_bitmaps(), Filesystem.open(lab.MemoryDevice(plain)).block_bitmaps())
+    assert not len(fs.block_bitmaps().differing_rows(Filesystem.open(lab.MemoryDevice(plain)).block_bitmaps()))
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext4"])
@@ -48,7 +48,7 @@ def test_a_bitmap_that_miscounts_is_not_believed(kind: str) -> None:
     content = spoiled(lab.changed_by_debugfs(lab.plain_image(kind), MARK), 0, b"\xff" * 20 + b"\x7f")
     fs = Filesystem.open(lab.MemoryDevice(content))
     assert fs.sound_groups.tolist() == [False] + [True] * (fs.geometry.groups - 1)
-    assert (fs.block_bitmaps()[0] == 0xFF).all()
+    assert (fs.block_bitmaps().take(np.array([0])) == 0xFF).all()
 
 
 def test_metadata_must_be_in_use_where_nothing_has_a_checksum() -> None:
