@@ -243,18 +243,18 @@ class ImageFile:
         for step in range(offset, offset + length, len(zeros)):
             self.pwrite(step, zeros[: offset + length - step])
 
-    def grow(self, size: int) -> None:
+    def resize(self, size: int) -> None:
         """Make a file ``size`` bytes long; what is new reads as zeros.  Durable after `flush`, like any write.
 
         Raises:
             OSError: The size is fixed (ENOSPC: a range of a file, a block device), or the host refuses it.
         """
         if self.is_range or not self._is_file:
-            raise _failure(OSError(errno.ENOSPC, ""), f"growing to {size} bytes", self.path, self.size)
+            raise _failure(OSError(errno.ENOSPC, ""), f"changing the size to {size} bytes", self.path, self.size)
         try:
             os.ftruncate(self._descriptor, size)
         except OSError as error:
-            raise _failure(error, f"growing to {size} bytes", self.path, self.size) from error
+            raise _failure(error, f"changing the size to {size} bytes", self.path, self.size) from error
         self.size = size
 
     def clone(self, source: int, target: int, length: int) -> bool:

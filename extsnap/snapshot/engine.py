@@ -193,15 +193,19 @@ class Engine:
         """bool[n]: which positions are data blocks of the store."""
         return self._owned.test(positions)
 
-    def grow(self, size: int) -> None:
-        """The medium has ``size`` bytes now, more than before; nothing in the new part is needed by any snapshot."""
+    def rows_of(self, size: int) -> int:
+        """Rows of bits of a volume of so many bytes."""
+        return -(-(-(-size // self.block_size) + self.shift) // (8 * self.row_bytes))
+
+    def resize(self, size: int) -> None:
+        """The medium has ``size`` bytes now; nothing in the part that comes or goes is needed by any snapshot."""
         self.size = size
         self.blocks = -(-size // self.block_size)
-        self.rows = -(-(self.blocks + self.shift) // (8 * self.row_bytes))
+        self.rows = self.rows_of(size)
         self.need, self._special, self._owned = (
             bits.reshaped(self.rows, self.row_bytes) for bits in (self.need, self._special, self._owned)
         )
-        self.history.grow(self.rows)
+        self.history.resize(self.rows)
 
     # -- reading ----------------------------------------------------------------------------------------
 

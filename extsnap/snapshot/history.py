@@ -66,8 +66,12 @@ class History:
         self._bounds = np.searchsorted(self._row, np.arange(self.rows + 1))
         self._cache.clear()
 
-    def grow(self, rows: int) -> None:
-        """The volume has ``rows`` group rows now; no snapshot so far preserves anything in the new ones."""
+    def reaches(self, rows: int) -> bool:
+        """Whether an entry lies behind the first ``rows`` rows."""
+        return bool(len(self._row)) and int(self._row.max()) >= rows
+
+    def resize(self, rows: int) -> None:
+        """The volume has ``rows`` group rows now; no snapshot preserves anything in those that come or go."""
         self.rows = rows
         self._set_table(self.table)
 

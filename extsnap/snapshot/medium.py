@@ -147,16 +147,16 @@ class Medium:
         """Barrier on the device."""
         self.device.flush()
 
-    def grow(self, size: int) -> None:
+    def resize(self, size: int) -> None:
         """Make the device ``size`` bytes long.
 
         Raises:
             OSError: It cannot be; ENOSPC where its size is fixed.
         """
-        grow = getattr(self.device, "grow", None)
-        if grow is None:
+        resize = getattr(self.device, "resize", None)
+        if resize is None:
             raise OSError(errno.ENOSPC, "the size of the device is fixed")
-        grow(size)
+        resize(size)
         self.size = self.device.size
 
     def set_state(self, state: SuperblockState) -> None:

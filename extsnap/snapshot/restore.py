@@ -104,6 +104,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     complete(volume)
     volume.needs_replay = False
     volume.settle()
+    volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long
     return entry
 
 

@@ -16,6 +16,7 @@ States of the image (`DESIGN`, "The image at rest, and the dirty mark"):
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -865,10 +866,26 @@ class Volume:
             raise OSError(errno.EFBIG, f"{self.name}: {size} bytes are more than a volume may have")
         if self._deferred is not None:
             raise OSError(errno.ENOSPC, f"{self.name} cannot grow while it is repaired")
-        self.medium.grow(size)
+        self._resize(size)
+
+    def cut(self, size: int) -> None:
+        """Make the volume ``size`` bytes long where nothing behind that is anybody's: else it stays as it is.
+
+        Nothing is lost by a crash before or after: a filesystem does not mind what lies behind its end.
+        """
+        engine, store = self.require_engine(), self.require_store()
+        longest = max((entry.volume_bytes for entry in engine.snapshots), default=0)
+        mine = int(store.root.allocation_runs().sum(axis=1).max()) * self.block_size
+        theirs = self.filesystem().geometry.blocks_count * self.block_size
+        if size < self.size and size >= max(longest, mine, theirs) and not engine.history.reaches(engine.rows_of(size)):
+            with contextlib.suppress(OSError):  # a partition or a device
+                self._resize(size)
+
+    def _resize(self, size: int) -> None:
+        self.medium.resize(size)
         self.size = self.medium.size
         if self.engine is not None:
-            self.engine.grow(self.size)
+            self.engine.resize(self.size)
 
     def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None:
         """Get ready for writes from above: the store grows first, then mark and header say open.

@@ -376,3 +376,21 @@ def test_an_image_that_was_cut(run_cli: Cli) -> None:
         assert "truncate -s 62914560" in said, said
         os.truncate(history.image, 60 << 20)
         history.judge()
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4-4k"])
+def test_a_growth_that_fails_leaves_the_length(kind: str, run_cli: Cli) -> None:
+    """``--atomic`` brings the volume back exactly, the image's length too; a longer snapshot keeps it."""
+    with arena() as top:
+        history = History(volume_of(kind, top), top)
+        history.create("one")
+        tree, size = oracle.tree_of_image(history.image), history.image.stat().st_size
+        run_cli("run", "--atomic", history.image, "--", "sh", "-c", "resize2fs $0 200M && exit 3", "{}", status=3)
+        assert history.image.stat().st_size == size
+        history.judge()
+        oracle.assert_same_tree(tree, oracle.tree_of_image(history.image))
+        run_cli("run", history.image, "--", "resize2fs", "{}", "200M")
+        history.create("two")
+        history.restore("one")
+        assert history.image.stat().st_size == 200 << 20
+        history.restore("two")
