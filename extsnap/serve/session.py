@@ -248,13 +248,14 @@ def _wait_gone(pidfd: int | None, seconds: float | None) -> bool:
 def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
     return NeedsRecovery(
         f"{name}: e2fsck -p could not recover the filesystem" + (f": {detail}" if detail else ""),
-        hint=f"run extsnap run {name} -- e2fsck -fy {{}}",
+        hint=f"run extsnap run {name} -- e2fsck -fy {{}}, or extsnap restore --no-safety {name} SNAPSHOT",
     )
 
 
 def _reason(done: subprocess.CompletedProcess[str], directory: str) -> str:
     """Why e2fsck -p gave up: what it found last before it said so."""
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    # It says so on either stream; "(i.e., without -a or -p options)" is how the verdict ends, not why.
+    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
     given_up = [number for number, line in enumerate(lines) if "UNEXPECTED INCONSISTENCY" in line]
     reason = lines[given_up[0] - 1] if given_up and given_up[0] else tools.last_line(done)
     return reason.removeprefix(f"{directory}/volume: ")

@@ -968,7 +968,7 @@ class Volume:
         except FormatError as error:
             raise NeedsRecovery(
                 f"{self.name}: its filesystem was left damaged: {error.message}",
-                hint=f"run extsnap run {self.name} -- e2fsck -fy {{}}, or restore a snapshot",
+                hint=f"{how_to_repair(self.name)}, or extsnap restore --no-safety {self.name} SNAPSHOT",
             ) from error
         store = self.require_store()
         used = max(0, self._copied_before - store.available)
