@@ -39,6 +39,17 @@ def loop(path: str | os.PathLike[str], *options: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def partitions(device: str) -> Iterator[None]:
+    """The kernel's own devices of all partitions; a loop device without ``-P`` would keep them for its next user."""
+    subprocess.run(["partx", "--delete", device], capture_output=True, check=False)  # where the kernel made them itself
+    sh("partx", "--add", device)
+    try:
+        yield
+    finally:
+        sh("partx", "--delete", device)
+
+
+@contextlib.contextmanager
 def partition_node(device: str, number: int, offset: int, length: int) -> Iterator[str]:
     """The kernel's own device of a partition, whether or not this kernel reads partition tables."""
     node = f"{device}p{number}"

@@ -5,6 +5,7 @@ What is in them is judged by the kernel and e2fsck through loop devices with an 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import disks
 import pytest
 from disks import EXTENDED, LINUX, MIB
-from hosts import loop, sh
+from hosts import loop, partitions, sh
 
 import extsnap
 from extsnap.blockdev.image import ImageFile
@@ -250,10 +251,10 @@ def test_the_disk_around_a_partition(disk, run_cli, tmp_path) -> None:
             assert "disk is in use" in refused
             assert json.loads(run_cli("check", disk, "-P", "5", "--json").stdout)["base"]["e2fsck"] is None
             assert "in use by extsnap in process" in run_cli("create", disk, "-P", "2", status=1).stderr
-            sh("partx", "--add", device)
-            sh("mount", f"{device}p5", mnt)
-            (mnt / "file").write_bytes(b"new" * 100_000)
-            sh("umount", mnt)
+            with partitions(device):
+                sh("mount", f"{device}p5", mnt)
+                (mnt / "file").write_bytes(b"new" * 100_000)
+                sh("umount", mnt)
             with open(device, "r+b") as file:
                 file.seek(30 * MIB)
                 file.write(b"gap")
@@ -302,12 +303,11 @@ def test_loop_devices_count_where_they_reach(disk, tmp_path) -> None:
         extsnap.open(disk, partition=5).close()
         with pytest.raises(VolumeBusy, match=f"in use by {device}; run losetup -d {device} first"):
             extsnap.open(disk, partition=2)
-    with loop(disk, "-P") as device:
+    with loop(disk, "-P") as device, contextlib.ExitStack() as stack:
         with pytest.raises(VolumeBusy, match=f"in use by {device}; run losetup"):
             extsnap.open(disk, partition=5)
         partition = f"{device}p5"
-        if not os.path.exists(partition):
-            sh("partx", "--add", device)
+        stack.enter_context(partitions(device))
         sh("mount", "-o", "ro", partition, tmp_path / "mnt")
         try:
             with pytest.raises(VolumeBusy, match=f"mounted on {tmp_path}/mnt; run umount {tmp_path}/mnt && losetup"):

@@ -165,7 +165,6 @@ HARMFUL = {
 }
 
 
-
 @pytest.mark.parametrize("case", list(HARMFUL))
 def test_a_tool_that_would_take_the_store_is_stopped(case: str, run_cli: Cli) -> None:
     """No snapshot is damaged, ``--atomic`` brings the volume back, and without it a restore does."""
