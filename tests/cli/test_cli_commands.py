@@ -476,6 +476,8 @@ class Fake:
     served = None
     def call(self, verb, **arguments):
         if verb == "create":
+            if "READY" in os.environ:
+                open(os.environ["READY"], "w").close()
             time.sleep(float(os.environ.get("SLEEP", "0")))
             return {"version": 1, "name": "first", "id": 1}
         if verb == "dump":
@@ -531,9 +533,18 @@ def test_closed_standard_streams() -> None:
     assert (child.returncode, child.stdout) == (1, "")
 
 
-def test_a_real_ctrl_c() -> None:
-    child = fake_process("create", "IMAGE", env={**os.environ, "SLEEP": "30"})
-    time.sleep(1)
+def test_a_real_ctrl_c(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    child = fake_process(
+        "create",
+        "IMAGE",
+        env={**os.environ, "SLEEP": "30", "READY": str(ready)},
+        # In the background of a shell the tests may have been started with it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not ready.exists():
+        assert child.poll() is None
+        time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
     assert (child.returncode, out) == (130, "")
