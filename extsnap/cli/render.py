@@ -109,6 +109,14 @@ def volume_details(result: Mapping[str, Any]) -> Table:
             for key, word in (("copy_bytes", "copies"), ("metadata_bytes", "metadata"), ("free_bytes", "free"))
         )
         table.add_row("store", Text(f"{human_bytes(store['bytes'])} ({parts})"))
+        if store.get("room_bytes") is not None:
+            mark = f", {safe(store['watermark'])}" if store.get("watermark") else ""
+            table.add_row("room for copies", Text(f"{human_bytes(store['room_bytes'])}{mark}"))
+    for name, value in sorted((result.get("properties") or {}).items()):
+        table.add_row(safe(name), _text(value))
+    for gone in result.get("dropped") or ():
+        when = Text(" to make room, ").append_text(_moment(gone["dropped"]))
+        table.add_row("dropped", _text(gone["name"]).append_text(when))
     attached = result.get("attached")
     if attached is None:
         table.add_row("attached", Text("no"))
@@ -119,7 +127,7 @@ def volume_details(result: Mapping[str, Any]) -> Table:
             table.add_row("mounted", _text(_mount_text(path)))
     known = {
         "type", "uuid", "label", "features", "state", "block_size", "blocks", "free_blocks", "inodes", "free_inodes",
-        "groups", "partition", "offset", "guard", "snapshots", "store", "attached",
+        "groups", "partition", "offset", "guard", "snapshots", "store", "attached", "properties", "dropped",
     }  # fmt: skip
     _add_others(table, result, known)
     return table

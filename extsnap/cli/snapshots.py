@@ -185,3 +185,54 @@ def accept(image: Image, partition: Partition = None, as_json: Json = False, ver
         output.emit_json(result)
     elif result["tainted"]:
         output.emit_lines([safe(name) for name in result["tainted"]])
+
+
+def set_properties(
+    image: Image,
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROPERTY=VALUE]...",
+            help="on-full=refuse: a write without room for copies fails; on-full=drop-oldest: snapshots go instead.",
+            show_default=False,
+        ),
+    ] = None,
+    partition: Partition = None,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Change properties of the volume, which its store keeps; without any, show them."""
+    wanted = {}
+    for word in values or ():
+        name, separator, value = word.partition("=")
+        if not separator or not name:
+            raise typer.BadParameter(f"{safe(word)} is not PROPERTY=VALUE", param_hint="PROPERTY=VALUE")
+        wanted[name] = value
+    result = call(image, "set", writable=bool(wanted), partition=partition, unrecovered=True, values=wanted)
+    if as_json:
+        output.emit_json(result)
+    elif not wanted:
+        output.emit_lines([f"{name}={safe(value)}" for name, value in sorted(result["properties"].items())])
+
+
+class Switch(StrEnum):
+    """Whether."""
+
+    on = "on"
+    off = "off"
+
+
+def guard(
+    image: Image,
+    switch: Annotated[Switch, typer.Argument(metavar="on|off", help="Whether.", show_default=False)],
+    partition: Partition = None,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Let plain mounts of the image with snapshots be read-only, or not; remembered.
+
+    Without the guard a plain mount can write what snapshots need: extsnap notices that afterwards.
+    """
+    result = call(image, "guard", writable=True, partition=partition, wanted=switch is Switch.on)
+    if as_json:
+        output.emit_json(result)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, cast
 
+from extsnap.snapshot.above import Above
+
 Buffer = bytes | bytearray | memoryview
 
 DEFAULT_FACTORY = "extsnap.snapshot.volume:Volume.open"
@@ -61,6 +63,8 @@ class EngineVolume(ServedVolume, Protocol):
     def needs_replay(self) -> bool: ...
 
     def verb(self, name: str, /, **arguments: Any) -> dict[str, Any]: ...
+
+    def serve_below(self, above: Above) -> None: ...
 
     def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None: ...
 

@@ -47,6 +47,9 @@ _PR_SET_IO_FLUSHER = 57
 _FUSE_BURST = 1024  # looks for a request between two at the control socket
 _FUSE_SPIN = 50  # looks in vain before going to sleep: waking up costs more than the request that wakes
 _MAX_CLIENTS = 64
+#: How lines of the log begin that whoever ends the session is told.
+SAID, ENDED_BADLY = "note: ", "ended badly"
+_MOST_SAID = 50  # lines of the volume that a session keeps
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -117,6 +120,24 @@ class Server:
         self._old_handlers: dict[int, Any] = {}
         self._old_wakeup = -1
         self.logged = False
+        self._said: list[str] = []
+
+    # ---- what the volume asks
+
+    def say(self, message: str) -> None:
+        """Log a line of the volume, and keep it for whoever looks after this server."""
+        self.log(f"{SAID}{message}")
+        if len(self._said) < _MOST_SAID:
+            self._said.append(message)
+
+    def open_views(self) -> list[str]:
+        """Names of the snapshots whose file is open."""
+        return self._files.open_views() if self._files is not None else []
+
+    def snapshots_changed(self) -> None:
+        """Look names up anew."""
+        if self._files is not None:
+            self._files.snapshots_changed()
 
     # ---- start
 
@@ -130,6 +151,7 @@ class Server:
             self._volume = load_factory(self.config.factory)(
                 self.config.image, writable=self.config.writable, partition=self.config.partition
             )
+            self._volume.serve_below(self)
             if self.config.partition:
                 self._disk = Disk(self._volume, self.config.image, self.config.offset)
             self._fuse_fd = mounting.fuse_mount(
@@ -204,6 +226,7 @@ class Server:
             "opens": self._files.total_opens if self._files is not None else 0,
             "refused": self._files.refused if self._files is not None else 0,
             "refusal": self._files.refusal if self._files is not None else "",
+            "said": self._said,
         }
 
     def log(self, message: str) -> None:
@@ -532,14 +555,14 @@ class Server:
                 os.rmdir(self.config.directory)
         self.clean = clean and failure is None
         if failure is not None:
-            self.log(f"ended with an error: {failure}")
+            self.log(f"{ENDED_BADLY} with an error: {failure}")
         elif not clean:
-            self.log("ended; the volume needs recovery: the next extsnap command that writes does it")
+            self.log(f"{ENDED_BADLY}: the volume needs recovery: the next extsnap command that writes does it")
         for client, _, _ in self._waiting:
             if failure is not None:
                 client.refuse(failure)
             else:
-                client.answer({"ended": True, "clean": clean})
+                client.answer({"ended": True, "clean": clean, "said": self._said})
             client.drain(2.0)
         self._waiting.clear()
         for client in list(self._clients.values()):

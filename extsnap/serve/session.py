@@ -36,7 +36,7 @@ from extsnap.ext.locate import Place, locate
 from extsnap.serve import control, moment, mounting, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
-from extsnap.serve.server import Server, ServerConfig, spawn
+from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
 
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
@@ -222,11 +222,18 @@ class _Private:
         try:
             result = self.keeper.call("server.detach", patience=_CLOSE_PATIENCE)
             _wait_gone(self._pidfd, _CLOSE_PATIENCE)
+            _pass_on(result)
             return bool(result.get("clean", True))
         except VolumeBusy as busy:
             raise VolumeBusy(busy.message, hint="it stays served until they are done") from busy
         finally:
             self.let_go()
+
+
+def _pass_on(result: dict[str, Any]) -> None:
+    """Tell what a server that ended had to say of its session: it stands in its log as well."""
+    for line in result.get("said") or ():
+        tools.notice(line)
 
 
 def _pidfd(pid: int) -> int | None:
@@ -378,6 +385,7 @@ def detach(image_or_directory: str, *, force: bool = False, partition: int | Non
         with client:
             result = client.call("server.detach", force=force)
         _wait_gone(pidfd, _CLOSE_PATIENCE)
+        _pass_on(result)
         return bool(result.get("clean", True))
     finally:
         if pidfd is not None:
@@ -500,10 +508,11 @@ def umount(directory: str) -> None:
                 result = client.call("server.settle", file=file, seconds=_CLOSE_PATIENCE)
             except control.ServerGone:
                 # It may have ended before it read the question: its log tells how.
-                result = {"ended": True, "clean": not _complaint(key)}
+                result = {"ended": True, "clean": not _complaint(key), "said": _said(key)}
         if not result.get("ended"):
             return
         _wait_gone(pidfd, _CLOSE_PATIENCE)
+        _pass_on(result)
         if not result.get("clean", True):
             raise ServerError(
                 f"{fuse.source} was not left clean{_complaint(key)}",
@@ -514,15 +523,25 @@ def umount(directory: str) -> None:
             os.close(pidfd)
 
 
-def _complaint(key: control.ImageKey | None) -> str:
-    """The last line of a server's log as the end of a sentence; empty if it logged nothing (it removes its log)."""
+def _logged(key: control.ImageKey | None) -> list[str]:
+    """The lines that a server left in its log; one with nothing to tell removes it."""
     if key is None:
-        return ""
+        return []
     try:
-        lines = control.log_path(key).read_text(errors="replace").strip().splitlines()
+        return control.log_path(key).read_text(errors="replace").strip().splitlines()
     except (OSError, ExtsnapError):
-        return ""
-    return f": {lines[-1]}" if lines else ""
+        return []
+
+
+def _complaint(key: control.ImageKey | None) -> str:
+    """Why a server left its volume not clean, as the end of a sentence; empty if it did not."""
+    last = _logged(key)[-1:]
+    return f": {last[0]}" if last and ENDED_BADLY in last[0] else ""
+
+
+def _said(key: control.ImageKey | None) -> list[str]:
+    """What the volume of a server that is gone had to tell."""
+    return [line.partition(SAID)[2] for line in _logged(key) if SAID in line]
 
 
 # ---- run
@@ -561,6 +580,8 @@ def run(
         client, hello = served
         with client:
             status, refusal = _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
+            said = client.call("server.hello")["said"]
+            _pass_on({"said": said[len(hello["said"]) :]})
             return _checked_status(status, refusal, ok, atomic)
     # Without the kernel's delays a tool learns of a refused write at once, not after a hundred others.
     server = _Private(place, writeback=False, repair=not atomic)

@@ -314,7 +314,9 @@ class Engine:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
         folded: int = len(self.index) * _RECORD_BYTES
         tables = self.masks.count * self.masks.words * 8 + self.history.table.nbytes + 64 * len(self.snapshots)
-        header = 4 * (4096 + 24 * len(self.store.root.extents) + 16 * len(self.store.root.mapping))
+        root = self.store.root
+        texts = sum(len(key) + len(value) for key, value in root.properties.items())
+        header = 4 * (4096 + 24 * len(root.extents) + 16 * len(root.mapping) + texts)
         return int(-(-(folded + tables + header) // self.block_size)) + 8
 
     def room(self) -> int:
@@ -348,9 +350,7 @@ class Engine:
         self.commit()
         if cost <= self.room():
             return
-        exact = sum(
-            self._decide(self.need.positions(low, min(low + 8192, stop))) for low in range(start, stop, 8192)
-        )
+        exact = self.copies_for(self._needed_from(start, stop))
         if exact > max(0, self.room()):
             raise VolumeFull(
                 f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
@@ -363,18 +363,66 @@ class Engine:
         self._clear_need(positions[~missing])
         return int(missing.sum())
 
-    def copies_for(self, written: Bits, blocks: Iterable[tuple[int, int]]) -> int:
-        """How many copies overwriting the blocks of a bitmap takes; nothing may be held.
+    def needed_by(self, offset: int, length: int) -> Iterator[Ints]:
+        """Positions in a range of bytes that may have to be copied before they are overwritten, piece by piece."""
+        return self._needed_from(
+            (offset >> self._bits) + self.shift, ((offset + length - 1) >> self._bits) + 1 + self.shift
+        )
+
+    def _needed_from(self, start: int, stop: int) -> Iterator[Ints]:
+        for low in range(start, stop, 8192):
+            yield self.need.positions(low, min(low + 8192, stop))
+
+    def needed_of(self, written: Bits, blocks: Iterable[tuple[int, int]]) -> Iterator[Ints]:
+        """The same of the blocks of a bitmap.
 
         Args:
             written: uint8, packed: one bit a block.
             blocks: Ranges (first, past the last) to look at.
         """
-        copies = 0
         for first, last in blocks:
             positions = set_positions(written, first, last) + self.shift
-            copies += self._decide(positions[self.need.test(positions)])
-        return copies
+            yield positions[self.need.test(positions)]
+
+    def copies_for(self, needed: Iterable[Ints]) -> int:
+        """How many copies overwriting these positions takes, decided exactly; nothing may be held."""
+        return sum(map(self._decide, needed))
+
+    def copies_by_rank(self, ranks: Ints, top: int) -> Ints:
+        """Copy blocks that nobody needs once snapshots up to a rank are gone.
+
+        Args:
+            ranks: int[bits]: of each bit of the counting bitmap, in which order its snapshot goes; 0: it is gone.
+            top: The highest rank.
+
+        Returns:
+            int[top]: by rank.
+        """
+        last = (self.masks.bits() * ranks).max(axis=1, initial=0)
+        freed = np.zeros(top + 1, np.int64)
+        for level in self.index.levels:
+            for part in level.parts():
+                copied = level.length[part] * (level.copy[part] != fmt.ZERO_COPY)
+                freed += np.bincount(last[level.mask[part]], weights=copied, minlength=top + 1).astype(np.int64)
+        freed[0] = 0
+        return np.cumsum(freed)[:top]
+
+    def copies_in(self, blocks: Ints) -> Ints:
+        """Copies that so many blocks of the store take, with the records for them."""
+        return blocks * self.block_size // (self.block_size + _RECORD_BYTES)
+
+    def costs_by_rank(self, needed: Iterable[Ints], ranks: Ints, top: int) -> Ints:
+        """Copies that overwriting these positions takes once snapshots up to a rank are gone; see `copies_by_rank`.
+
+        Returns:
+            int[top]: by rank.
+        """
+        last = np.zeros(top + 1, np.int64)
+        for positions in needed:
+            missing = self._missing(positions).astype("<u8").view(np.uint8)
+            bits = np.unpackbits(missing, axis=1, bitorder="little")
+            last += np.bincount((bits * ranks).max(axis=1, initial=0), minlength=top + 1)
+        return np.asarray(last.sum() - np.cumsum(last)[:top])
 
     def _hold(self, offset: int, data: memoryview) -> None:
         if self._overwrites_due:

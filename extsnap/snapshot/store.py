@@ -227,7 +227,7 @@ class Root:
                     int(at) for at in fmt.parse_table(parts[section.SUPERBLOCKS], np.dtype("<u8"), "superblocks")
                 ],
                 properties=dict(
-                    line.split("=", 1) for line in parts[section.PROPERTIES].decode().splitlines() if "=" in line
+                    line.split("=", 1) for line in parts[section.PROPERTIES].decode().split("\n") if "=" in line
                 ),
                 fingerprint=parts[section.FINGERPRINT],
             )

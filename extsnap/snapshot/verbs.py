@@ -13,9 +13,10 @@ import numpy as np
 
 from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
-from extsnap.snapshot import edit
+from extsnap.snapshot import edit, settings
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.check import check_store
+from extsnap.snapshot.full import Fill, fill, growth, warning
 from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
 
 if TYPE_CHECKING:
@@ -26,6 +27,19 @@ JSON_VERSION = 1
 
 def _iso(nanoseconds: int) -> str:
     return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _fill(volume: Volume) -> Fill | None:
+    """How full the store of a volume with snapshots is; of what is left to preserve it knows at least the most."""
+    engine = volume.engine
+    if engine is None or not engine.snapshots:
+        return None
+    recorded = np.zeros(engine.masks.count, np.int64)
+    for level in engine.index.levels:
+        for part in level.parts():
+            recorded += np.bincount(level.mask[part], weights=level.length[part], minlength=len(recorded)).astype(int)
+    left = (entry.used_blocks - int(recorded[engine.masks.has(entry.bit)].sum()) for entry in engine.snapshots)
+    return fill(volume, max(left))
 
 
 def _usage(volume: Volume) -> dict[int, tuple[int, int, int]]:
@@ -88,6 +102,10 @@ def _warnings(volume: Volume) -> list[str]:
     return [_errors_notice(volume)] if fs.has_errors else []
 
 
+def _watermark(volume: Volume, filled: Fill | None) -> list[str]:
+    return [warning(volume, filled)] if filled is not None and filled.watermark is not None else []
+
+
 def _errors_notice(volume: Volume, more: str = "") -> str:
     return f"{volume.name} is marked as having errors{more}; {how_to_repair(volume.name)}"
 
@@ -118,15 +136,15 @@ def create(
     if fs.has_errors:
         notices.append(_errors_notice(volume, ", and the snapshot is recorded as such"))
     if first:
-        free = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
-        largest = fs.largest_file - int(volume.require_store().root.extents[:, 2].sum())
-        room = (volume.require_engine().room() + min(free, largest)) * volume.block_size
-        notices.append(
-            f"plain mounts of {volume.name} are read-only from now on; write through extsnap mount, "
-            f"take a copy with extsnap export, or delete the last snapshot to lift this"
-        )
+        more, largest = growth(volume)
+        room = (volume.require_engine().room() + more) * volume.block_size
+        if volume.guard_wanted:
+            notices.append(
+                f"plain mounts of {volume.name} are read-only from now on; write through extsnap mount, "
+                f"take a copy with extsnap export, or run extsnap guard {volume.name} off to lift this"
+            )
         text = f"{room / 2**20:.0f} MiB can be overwritten before space for copies runs out"
-        if largest < free:
+        if more == largest:
             text += (
                 f", because the store is a file and this filesystem has none larger than "
                 f"{fs.largest_file * volume.block_size / 2**30:.0f} GiB"
@@ -141,7 +159,13 @@ def list_snapshots(volume: Volume) -> dict[str, Any]:
     """All snapshots, oldest first."""
     usage = _usage(volume)
     entries = [_describe(volume, entry, usage) for entry in volume.snapshot_list()]
-    return {"version": JSON_VERSION, "snapshots": entries, "notices": _warnings(volume)}
+    filled = _fill(volume)
+    return {
+        "version": JSON_VERSION,
+        "snapshots": entries,
+        "watermark": filled.watermark if filled else None,
+        "notices": _warnings(volume) + _watermark(volume, filled),
+    }
 
 
 def show(volume: Volume, name: str) -> dict[str, Any]:
@@ -211,11 +235,33 @@ def accept(volume: Volume) -> dict[str, Any]:
     return {"version": JSON_VERSION, "tainted": names, "notices": _warnings(volume)}
 
 
+def set_properties(volume: Volume, values: dict[str, str] | None = None) -> dict[str, Any]:
+    """Change properties of the volume; returns all of them."""
+    if values:
+        settings.set_properties(volume, values)
+    root = volume.store.root if volume.store is not None else None
+    return {"version": JSON_VERSION, "properties": settings.properties(root)}
+
+
+def guard(volume: Volume, wanted: bool) -> dict[str, Any]:
+    """Guard the image at rest against plain writable mounts, or do not; remembered."""
+    settings.set_guard(volume, wanted)
+    notices = []
+    if not wanted and volume.snapshot_list():
+        notices.append(
+            f"plain mounts of {volume.name} can write from now on, and what they overwrite is not copied: "
+            f"the snapshots are at risk then; extsnap mount keeps them"
+        )
+    return {"version": JSON_VERSION, "guard": wanted, "notices": notices}
+
+
 def info(volume: Volume) -> dict[str, Any]:
     """The volume and what of it is extsnap's."""
     fs = volume.filesystem()
     geometry = fs.geometry
-    store: dict[str, int] | None = None
+    store: dict[str, Any] | None = None
+    filled = _fill(volume)
+    root = volume.store.root if volume.store is not None else None
     if volume.store is not None and volume.engine is not None:
         total = int(volume.store.root.extents[:, 2].sum()) + len(volume.store.root.mapping)
         copies = sum(int(level.length[level.copy >= 0].sum()) for level in volume.engine.index.levels)
@@ -227,6 +273,8 @@ def info(volume: Volume) -> dict[str, Any]:
             "metadata_bytes": (total - copies - free) * size,
             "free_bytes": free * size,
             "largest_bytes": fs.largest_file * size,
+            "room_bytes": filled.room * size if filled else None,
+            "watermark": filled.watermark if filled else None,
         }
     return {
         "version": JSON_VERSION,
@@ -247,7 +295,12 @@ def info(volume: Volume) -> dict[str, Any]:
         "marked": volume.medium.state.mark and not volume.serving,
         "snapshots": len(volume.snapshot_list()),
         "store": store,
-        "notices": _warnings(volume),
+        "properties": settings.properties(root),
+        "dropped": [
+            {"name": name, "id": number, "created": _iso(created), "dropped": _iso(when)}
+            for number, name, created, when in (settings.dropped(root) if root is not None else ())
+        ],
+        "notices": _warnings(volume) + _watermark(volume, filled),
     }
 
 
@@ -392,6 +445,8 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "export": export,
     "strip": strip,
     "accept": accept,
+    "set": set_properties,
+    "guard": guard,
     "info": info,
     "dump": dump,
     "check": check,

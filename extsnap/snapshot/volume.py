@@ -20,7 +20,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -50,15 +50,19 @@ from extsnap.ext.locate import Place, locate
 from extsnap.ext.magic import recognise
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
+from extsnap.snapshot.above import Above
 from extsnap.snapshot.engine import Engine
+from extsnap.snapshot.full import fill, make_room, warning
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
 from extsnap.snapshot.moment import fingerprint, how_to_repair, left_undone, preserved, require_clean
+from extsnap.snapshot.settings import note_dropped
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.warden import Warden
 from extsnap.sparsebits import SparseBits
 
 NAME_BYTES_MAX = 255
+ALWAYS, NEVER = 1 << 62, -1
 #: Bytes; a stray seek must not make bitmaps that fill the memory.
 LARGEST_VOLUME = 64 << 40
 
@@ -124,6 +128,7 @@ class Volume:
     """An opened image.  Use `Volume.open`.
 
     Attributes:
+        above: What serves it, if anything does.
         stale: The header of a store without snapshots that the filesystem has elsewhere or no more.
         path: Absolute path of the image.
         name: The same with the partition, as the command line takes both; for messages.
@@ -160,7 +165,10 @@ class Volume:
         self.store: Store | None = None
         self.engine: Engine | None = None
         self.serving = False
+        self.above: Above | None = None
         self._copied_before = 0
+        self._look_at = NEVER  # free blocks of the store below which `write` looks at the watermarks
+        self._warned: set[str] = set()
         self.needs_replay = False
         self.outside_write = False
         self._warden: Warden | None = None
@@ -451,6 +459,11 @@ class Volume:
         """The base volume's filesystem as it is now; held writes are seen."""
         return Filesystem.open(self.base)
 
+    @property
+    def guard_wanted(self) -> bool:
+        """Whether the image is to be guarded at rest."""
+        return bool(self.require_store().root.flags & fmt.SlotFlags.GUARD)
+
     def now_seconds(self) -> int:
         """Seconds since 1970."""
         return self._clock() // 10**9
@@ -471,8 +484,7 @@ class Volume:
             return
         guard = self.medium.state.guard
         if not mark:
-            wanted = bool(store.root.flags & fmt.SlotFlags.GUARD)
-            guard = wanted and bool(self.require_engine().snapshots)
+            guard = self.guard_wanted and bool(self.require_engine().snapshots)
         pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
         state = SuperblockState(guard=guard, mark=mark, pointer=pointer)
         if state != self.medium.state:
@@ -512,7 +524,9 @@ class Volume:
 
     def _watch(self) -> None:
         """While writes come from above and there are snapshots, a warden judges them; a replay is exempt."""
-        if not self.serving or self.needs_replay or self.engine is None or not self.engine.snapshots:
+        watched = self.serving and not self.needs_replay and self.engine is not None and bool(self.engine.snapshots)
+        self._look_at = ALWAYS if watched else NEVER
+        if not watched:
             self._warden = None
         elif self._warden is None:
             self._warden = Warden(self)
@@ -673,19 +687,22 @@ class Volume:
             VolumeFull: It cannot be had.
         """
         engine, store = self.require_engine(), self.require_store()
-        for _ in range(4):
-            engine.flush()
-            wanted = engine.reserve() + self.snapshot_blocks() + MINIMUM_ROOM + extra
-            if store.available >= wanted:
-                return
-            if not edit.grow(self, max(wanted - store.available + 32, 64)):
-                break
-        limit = self.store_limit()
-        raise VolumeFull(
-            f"the snapshot needs {wanted} free blocks in the store, which has {store.available} and cannot grow"
-            + (f" past {limit} bytes, the largest file of this filesystem" if limit else ""),
-            hint="delete a snapshot" if limit else "delete a snapshot, delete files, or grow the volume",
-        )
+        while True:
+            for _ in range(4):
+                engine.flush()
+                tables = self.snapshot_blocks() + MINIMUM_ROOM + extra
+                wanted = engine.reserve() + tables
+                if store.available >= wanted:
+                    return
+                if not edit.grow(self, max(wanted - store.available + 32, 64)):
+                    break
+            limit = self.store_limit()
+            refusal = VolumeFull(
+                f"the snapshot needs {wanted} free blocks in the store, which has {store.available} and cannot grow"
+                + (f" past {limit} bytes, the largest file of this filesystem" if limit else ""),
+                hint="delete a snapshot" if limit else "delete a snapshot, delete files, or grow the volume",
+            )
+            make_room(self, refusal, blocks=tables)
 
     def store_limit(self) -> int:
         """Bytes that the store can have on this filesystem, where it has got so far; else 0."""
@@ -736,6 +753,23 @@ class Volume:
         engine.set_snapshots(snapshots)
         engine.need |= bits
 
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Store]:
+        """Change what the store remembers; a volume without one gets it, and afterwards all is at rest again."""
+        self._require_inside()
+        try:
+            if self.store is None:
+                fs = self.filesystem()
+                fs.require_supported()
+                require_clean(fs, self.name)
+                edit.set_up(self)
+            yield self.require_store()
+            if not self.needs_replay:
+                self.settle()
+        except (ExtsnapError, OSError):
+            self._back_to_rest()
+            raise
+
     def _write_tables(self, snapshots: list[fmt.Snapshot]) -> None:
         engine, store = self.require_engine(), self.require_store()
         engine.write_history()
@@ -743,8 +777,8 @@ class Volume:
         store.root.ro_compat = fmt.RO_COMPAT_SNAPSHOT_FLAGS if any(entry.flags for entry in snapshots) else 0
         store.write_blob(fmt.BlobKind.SNAPSHOTS, 0, table)
 
-    def delete(self, names: list[str]) -> int:
-        """Delete snapshots, in any order; returns the bytes of copies that this freed.
+    def delete(self, names: list[str], *, dropped: bool = False) -> int:
+        """Delete snapshots, in any order; returns the bytes of copies that this freed.  ``dropped``: to make room.
 
         One header commit takes the bits away and drops the records that nobody needs any more; a crash
         before it leaves all of the snapshots, after it none of them.  Then freed blocks go back to the filesystem.
@@ -757,6 +791,8 @@ class Volume:
         engine.commit()
         rest = [entry for entry in engine.snapshots if entry.id not in ids]
         try:
+            if dropped:
+                note_dropped(store.root, gone, self.now_ns())
             for entry in gone:
                 store.root.counting &= ~(1 << entry.bit)
             engine.set_snapshots(rest)
@@ -769,8 +805,8 @@ class Volume:
             store.commit()
             if not rest:
                 engine.rebuild_need()
-            if self.needs_replay:
-                return freed * self.block_size  # the mark stays
+            if self.needs_replay or (dropped and not self.serving):
+                return freed * self.block_size  # the mark stays, or the command that needs the room goes on
             if not self.serving and not left_undone(self.filesystem()):
                 self.give_back(freed, everything=not rest)
             self.settle()
@@ -841,13 +877,49 @@ class Volume:
         """
         if self._warden is not None:
             self._warden.examine(offset, data)
-        self.base.pwrite(offset, data)
+        while True:
+            try:
+                self.base.pwrite(offset, data)
+                break
+            except VolumeFull as refusal:
+                self._drop_for(refusal, offset, len(data))
+        if self.store is not None and self.store.available < self._look_at:
+            self._look_at_watermarks()
 
     def punch(self, offset: int, length: int) -> None:
         """Make a range of the base volume read as zeros; raises as `write`."""
         if self._warden is not None:
             self._warden.examine_punch(offset, length)
-        self.base.punch(offset, length)
+        while True:
+            try:
+                self.base.punch(offset, length)
+                break
+            except VolumeFull as refusal:
+                self._drop_for(refusal, offset, min(length, self.size - offset))
+        if self.store is not None and self.store.available < self._look_at:
+            self._look_at_watermarks()
+
+    def _drop_for(self, refusal: VolumeFull, offset: int, length: int) -> None:
+        """Make room for a write by deleting snapshots, if that is wanted; raises as `full.make_room`."""
+        make_room(self, refusal, self.require_engine().needed_by(offset, length))
+
+    def _look_at_watermarks(self) -> None:
+        """Say once a session that the store fills up; look again when a good part of its room is gone."""
+        engine, store = self.require_engine(), self.require_store()
+        self._look_at = store.available - max(1, engine.room() // 16)
+        found = fill(self, engine.blocks_to_preserve())
+        if found.watermark is not None and found.watermark not in self._warned:
+            self._warned.add(found.watermark)
+            self.say(warning(self, found))
+
+    def say(self, message: str) -> None:
+        """Tell whoever looks after the server one line."""
+        if self.above is not None:
+            self.above.say(message)
+
+    def serve_below(self, above: Above) -> None:
+        """Name what serves this volume."""
+        self.above = above
 
     def flush(self) -> None:
         """Everything written before is durable when this returns."""
@@ -913,6 +985,7 @@ class Volume:
             if self.store is not None:
                 self._grow_ahead()
         self.serving = True
+        self._warned.clear()
         if self.engine is not None:
             self.engine.spared = MINIMUM_ROOM if grow and not self.needs_replay else 0  # a replay may need it all
             self._copied_before = self.require_store().available
@@ -990,15 +1063,18 @@ class Volume:
         engine = self.require_engine()
         try:
             engine.commit()
-            copies = engine.copies_for(deferred.written, deferred.blocks())
-            room = max(0, engine.room() - REPAIR_MARGIN)
-            if copies > room:
+            while True:
+                copies = engine.copies_for(engine.needed_of(deferred.written, deferred.blocks()))
+                room = max(0, engine.room() - REPAIR_MARGIN)
+                if copies <= room:
+                    break
                 size = self.block_size
-                raise VolumeFull(
+                refusal = VolumeFull(
                     f"the repair of {self.name} needs {copies * size} bytes for copies of what snapshots need, and the "
                     f"store has {room * size}; nothing was changed",
                     hint="delete a snapshot and run it again; extsnap export saves the snapshot elsewhere first",
                 )
+                make_room(self, refusal, engine.needed_of(deferred.written, deferred.blocks()), REPAIR_MARGIN)
             deferred.let_through()
         finally:
             deferred.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from extsnap.errors import DamagedCopy, NeedsRecovery, SnapshotExists, SnapshotNotFound, VolumeBusy
+from extsnap.snapshot.above import Above
 
 _KEEP_SIZE_PUNCH_HOLE = 3
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -173,6 +174,9 @@ class FakeVolume:
     @property
     def needs_replay(self) -> bool:
         return bool(self._state["mark"]) and self._unclean()
+
+    def serve_below(self, above: Above) -> None:
+        self.above = above
 
     def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None:
         if Path(self.path + ".refuse").exists():
