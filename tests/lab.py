@@ -224,3 +224,27 @@ def unequal(left: bytes | bytearray, right: bytes | bytearray) -> Flags:
         np.frombuffer(bytes(side).ljust(size, b"\0"), np.uint64).reshape(-1, BLOCK // 8) for side in (left, right)
     ]
     return np.asarray((padded[0] != padded[1]).any(axis=1))
+
+
+def tried_by_debugfs(content: bytes, command: str, *, data: bytes) -> bytes | None:
+    """The volume after one command of ``debugfs -w``, or None if that failed; ``{}`` is a file with ``data``."""
+    with as_file(content) as path, as_file(data) as source:
+        lines = f"{command.format(source)}\n"
+        done = subprocess.run(
+            ["debugfs", "-w", "-f", "-", path],
+            input=lines,
+            capture_output=True,
+            text=True,
+            env=_ENVIRONMENT,
+            check=False,
+        )
+        said = [line for line in done.stderr.splitlines() if not line.startswith("debugfs 1.")]
+        return None if said or done.returncode else Path(path).read_bytes()
+
+
+def runs(blocks: Ints) -> list[tuple[int, int]]:
+    """Blocks in order as runs (first, length)."""
+    blocks = np.unique(blocks)
+    first = np.flatnonzero(np.diff(blocks, prepend=-2) != 1)
+    lengths = np.diff(np.append(first, len(blocks)))
+    return [(int(blocks[at]), int(length)) for at, length in zip(first, lengths, strict=True)]

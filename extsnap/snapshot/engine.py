@@ -324,6 +324,11 @@ class Engine:
         spare = max(0, self.store.available - self.reserve() - self.spared)
         return spare * self.block_size // (self.block_size + _RECORD_BYTES) - self._held_cost
 
+    @property
+    def left(self) -> int:
+        """Free blocks of the store that no held write has a claim on."""
+        return self.store.available - self._held_cost
+
     @contextlib.contextmanager
     def own_edit(self) -> Iterator[None]:
         """What is written inside is an edit of the store itself: it may use all of the room."""

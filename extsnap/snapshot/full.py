@@ -67,7 +67,7 @@ def fill(volume: Volume, to_preserve: int) -> Fill:
     engine, store = volume.require_engine(), volume.require_store()
     more = 0 if volume.serving else growth(volume)[0]
     owned = int(store.root.extents[:, 2].sum())
-    return Fill(max(0, engine.room()) + more, owned - store.available, to_preserve)
+    return Fill(max(0, engine.room()) + more, owned - engine.left, to_preserve)
 
 
 def warning(volume: Volume, found: Fill) -> str:
@@ -98,9 +98,8 @@ def make_room(volume: Volume, refusal: VolumeFull, needed: Iterable[Ints] = (), 
     if settings.properties(store.root)[settings.ON_FULL] != settings.DROP_OLDEST or store.root.restore is not None:
         raise refusal
     open_views = set(volume.above.open_views()) if volume.above is not None else set()
-    going = [
-        entry for entry in volume.snapshot_list() if entry.kind != fmt.Kind.ATOMIC and entry.name not in open_views
-    ]
+    oldest_first = volume.snapshot_list()
+    going = [entry for entry in oldest_first if entry.kind != fmt.Kind.ATOMIC and entry.name not in open_views]
     kept = len(going) + 1
     ranks = np.zeros(64 * engine.masks.words, np.int64)
     ranks[[entry.bit for entry in engine.snapshots]] = kept

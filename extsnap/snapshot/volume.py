@@ -883,7 +883,7 @@ class Volume:
                 break
             except VolumeFull as refusal:
                 self._drop_for(refusal, offset, len(data))
-        if self.store is not None and self.store.available < self._look_at:
+        if self.engine is not None and self.engine.left < self._look_at:
             self._look_at_watermarks()
 
     def punch(self, offset: int, length: int) -> None:
@@ -896,7 +896,7 @@ class Volume:
                 break
             except VolumeFull as refusal:
                 self._drop_for(refusal, offset, min(length, self.size - offset))
-        if self.store is not None and self.store.available < self._look_at:
+        if self.engine is not None and self.engine.left < self._look_at:
             self._look_at_watermarks()
 
     def _drop_for(self, refusal: VolumeFull, offset: int, length: int) -> None:
@@ -905,8 +905,8 @@ class Volume:
 
     def _look_at_watermarks(self) -> None:
         """Say once a session that the store fills up; look again when a good part of its room is gone."""
-        engine, store = self.require_engine(), self.require_store()
-        self._look_at = store.available - max(1, engine.room() // 16)
+        engine = self.require_engine()
+        self._look_at = engine.left - engine.room() // 16
         found = fill(self, engine.blocks_to_preserve())
         if found.watermark is not None and found.watermark not in self._warned:
             self._warned.add(found.watermark)

@@ -32,6 +32,8 @@ COMMANDS: dict[str, list[str]] = {
     "export": ["IMAGE", "first", "OUT"],
     "strip": ["IMAGE"],
     "accept": ["IMAGE"],
+    "set": ["IMAGE", "on-full=refuse"],
+    "guard": ["IMAGE", "off"],
     "check": ["IMAGE"],
     "info": ["IMAGE"],
     "dump": ["IMAGE", "header"],
@@ -76,6 +78,8 @@ ANSWERS: dict[str, Any] = {
     "export": {"version": 1, "name": "first", "out": "/abs/OUT", "bytes": 10240},
     "strip": {"version": 1, "snapshots": 2},
     "accept": {"version": 1, "tainted": ["one"]},
+    "set": {"version": 1, "properties": {"on-full": "refuse"}},
+    "guard": {"version": 1, "guard": False},
     "check": CHECK,
     "info": INFO,
     "dump": {"version": 1, "header": {"generation": 1}},
@@ -127,7 +131,7 @@ def test_an_unknown_option_is_usage(command: str, extsnap: Call, answering: Fake
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_argument_is_usage(command: str, extsnap: Call, answering: FakeSession) -> None:
     # detach, umount and the like need one argument: none is one less than enough.
-    for count in range(len(COMMANDS[command])):
+    for count in range(1 if command == "set" else len(COMMANDS[command])):  # set shows what there is
         given = COMMANDS[command][:count]
         if command in {"delete", "restore"} or "--" in COMMANDS[command]:
             given = given[:1]
@@ -161,8 +165,7 @@ def test_a_missing_argument_is_usage(command: str, extsnap: Call, answering: Fak
         ["create", "IMAGE", "a", "-m"],
         # Commands and options of later releases.
         ["serve", "IMAGE"],
-        ["set", "IMAGE", "on-full=refuse"],
-        ["guard", "IMAGE", "on"],
+        ["guard", "IMAGE", "perhaps"],
         ["mount", "IMAGE", "DIR", "--scratch"],
         ["list", "-P", "x", "IMAGE"],
         ["list", "-P", "-1", "IMAGE"],
@@ -205,6 +208,10 @@ def test_no_command_shows_the_help_on_stderr(extsnap: Call) -> None:
         ("export I n /x/out --force", "export", {"name": "n", "out": "/x/out", "force": True}),
         ("strip I", "strip", {}),
         ("accept I", "accept", {}),
+        ("set I on-full=refuse", "set", {"values": {"on-full": "refuse"}}),
+        ("set I a=b=c on-full=drop-oldest", "set", {"values": {"a": "b=c", "on-full": "drop-oldest"}}),
+        ("guard I on", "guard", {"wanted": True}),
+        ("guard I off", "guard", {"wanted": False}),
         ("check I", "check", {"image": "I", "names": [], "quick": False}),
         ("check I a b --quick", "check", {"image": "I", "names": ["a", "b"], "quick": True}),
         ("info I", "info", {}),
@@ -230,15 +237,30 @@ def test_what_is_asked_for(
     done = extsnap(*arguments.split())
     assert (done.status, done.err) == (0, "")
     assert answering.calls == [(verb, passed)]
-    writing = {"create", "delete", "restore", "strip", "accept"}
+    writing = {"create", "delete", "restore", "strip", "accept", "set", "guard"}
     reading = {"list", "show", "export", "info", "dump"}
     assert answering.opened == ([("I", verb in writing)] if verb in writing | reading else [])
+
+
+def test_properties_are_shown_without_writing(extsnap: Call, answering: FakeSession) -> None:
+    done = extsnap("set", "I")
+    assert (done.status, done.out, done.err) == (0, "on-full=refuse\n", "")
+    assert answering.opened == [("I", False)]
+
+
+@pytest.mark.parametrize("word", ["on-full", "=refuse", ""])
+def test_what_is_no_property_with_a_value(word: str, extsnap: Call, answering: FakeSession) -> None:
+    done = extsnap("set", "I", word)
+    assert (done.status, done.out, len(done.error_lines)) == (2, "", 1)
+    assert "is not PROPERTY=VALUE" in done.err
+    assert not answering.calls
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         "create I", "list I", "show I n", "delete I a", "restore I n", "export I n /x/out", "strip I", "accept I",
+        "set I on-full=refuse", "guard I on",
         "check I", "info I", "dump I header", "attach I D", "detach I", "mount I D", "run I -- a",
     ],
 )  # fmt: skip
@@ -283,6 +305,8 @@ def test_run_fails_with_125(extsnap: Call, answering: FakeSession) -> None:
         ("export", ""),
         ("strip", ""),
         ("accept", "one\n"),
+        ("set", ""),
+        ("guard", ""),
         ("attach", ""),
         ("detach", ""),
         ("mount", ""),

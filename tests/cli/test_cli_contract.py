@@ -34,6 +34,8 @@ ON_IMAGE: dict[str, list[str]] = {
     "export": ["{image}", "first", "{out}"],
     "strip": ["{image}"],
     "accept": ["{image}"],
+    "set": ["{image}", "on-full=drop-oldest"],
+    "guard": ["{image}", "off"],
     "check": ["{image}"],
     "info": ["{image}"],
     "dump": ["{image}", "header"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import mmap
 import os
 import random
@@ -115,7 +116,7 @@ def test_a_served_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli)
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(("kind", "block_size"), [("ext2", 1024), ("ext4", 1024), ("ext4", 4096)])
+@pytest.mark.parametrize(("kind", "block_size"), [("ext2", 1024), ("ext3", 1024), ("ext4", 1024), ("ext4", 4096)])
 def test_a_mounted_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli) -> None:
     content = random.Random(6).randbytes(FILE_BYTES)
     with arena() as top:
@@ -142,3 +143,56 @@ def test_a_mounted_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli
         oracle.assert_clean(image)
         with oracle.mounted(image) as directory:
             assert (directory / "big").stat().st_size == FILE_BYTES
+
+
+def take_the_rest(directory: Path) -> None:
+    """Write a file until the filesystem has not one free block."""
+    number = directory.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+    kept_back = Path("/sys/fs/ext4", device, "reserved_clusters")  # for delayed writes
+    kept_back.write_text("0\n")
+    with (directory / "rest").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\x5a" * 1024)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(("kind", "block_size"), [("ext2", 1024), ("ext3", 1024), ("ext4", 4096)])
+def test_the_oldest_snapshots_make_room(kind: str, block_size: int, run_cli: Cli) -> None:
+    """On a filesystem without a free block, through the kernel: every write succeeds, and what goes is named."""
+    rng = random.Random(7)
+    size = 6 * MIB
+    with arena() as top:
+        image = make_volume(top / "disk.img", kind, 26, "-b", str(block_size), files={"big": rng.randbytes(size)})
+        run_cli("set", image, "on-full=drop-oldest")
+        mount = top / "mount"
+        mount.mkdir()
+        copies: dict[str, Path] = {}
+        dropped: list[str] = []
+        for number in range(4):
+            name = f"s{number}"
+            run_cli("create", image, name)
+            copies[name] = oracle.copy_image(image, top / f"{name}.copy")
+            run_cli("mount", image, mount)
+            if not number:
+                take_the_rest(mount)
+                os.sync()
+                assert os.statvfs(mount).f_bfree == 0
+            content = rng.randbytes(size)
+            with (mount / "big").open("r+b") as file:
+                file.write(content)
+                os.fsync(file.fileno())
+            told = run_cli("umount", mount)
+            shown = json.loads(run_cli("info", "--json", image).stdout)
+            dropped = [entry["name"] for entry in shown["dropped"]]
+            left = [entry["name"] for entry in json.loads(run_cli("list", "--json", image).stdout)["snapshots"]]
+            assert dropped + left == sorted(copies), "what goes is the oldest, and info names it"
+            for gone in set(dropped) & {name for name in copies if copies[name].exists()}:
+                assert f"dropped snapshot '{gone}' of {image}" in told.stderr
+                copies[gone].unlink()
+            oracle.assert_clean(image)
+            with oracle.mounted(image) as directory:
+                assert (directory / "big").read_bytes() == content
+            judge(run_cli, image, {name: copies[name] for name in left}, mount)
+        assert len(dropped) >= 2, "it never was full: this test shows nothing"
+        assert json.loads(run_cli("check", "--json", image).stdout)["ok"]

@@ -1,0 +1,292 @@
+"""What the store remembers, watermarks, and how many snapshots go when a copy has no room."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import lab
+import numpy as np
+import pytest
+from lab import BLOCK, MemoryDevice
+
+from extsnap.errors import ExtsnapError, VolumeFull
+from extsnap.snapshot import settings
+from extsnap.snapshot.full import Fill
+from extsnap.snapshot.volume import Volume
+
+MARK_BYTE, READ_ONLY_BYTE = 0x63, 0x65
+
+
+def opened(device: MemoryDevice) -> Volume:
+    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
+    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
+
+
+def guarded(device: MemoryDevice) -> set[bool]:
+    """Whether the superblocks of a volume at rest, primary and backups, have the read-only feature; by e2fsprogs."""
+    found = set()
+    with lab.as_file(device.content) as path:
+        for block in (1, 2049):
+            text = lab.run("dumpe2fs", "-h", "-o", f"superblock={block}", "-o", f"blocksize={BLOCK}", path)
+            found.add("read-only" in text.split("Filesystem features:")[1].splitlines()[0].split())
+    return found
+
+
+# -- settings
+
+
+def test_properties_are_remembered() -> None:
+    device = MemoryDevice(lab.plain_image("ext4"))
+    assert opened(device).verb("set")["properties"] == {"on-full": "refuse"}
+    volume = opened(device)
+    assert volume.verb("set", values={"on-full": "drop-oldest"})["properties"] == {"on-full": "drop-oldest"}
+    assert not lab.complaint(device.content), "a volume that has only a setting is a plain one"
+    opened(device).create("one")
+    volume = opened(device)
+    assert volume.verb("info")["properties"] == {"on-full": "drop-oldest"}
+    volume.verb("set", values={"on-full": "refuse"})
+    assert opened(device).verb("set")["properties"] == {"on-full": "refuse"}
+    assert not lab.complaint(device.content)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"on-full": "never"}, "on-full cannot be 'never'; it can be: refuse, drop-oldest"),
+        ({"speed": "high"}, "there is no property 'speed'; it can be: on-full"),
+        ({"on-full": "drop-oldest", "dropped": "[]"}, "there is no property 'dropped'"),
+    ],
+)
+def test_what_cannot_be_set(values: dict[str, str], said: str) -> None:
+    device = MemoryDevice(lab.plain_image("ext2"))
+    before = bytes(device.content)
+    with pytest.raises(ExtsnapError, match=said):
+        opened(device).verb("set", values=values)
+    assert device.content == before
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+def test_the_guard_is_lifted_and_remembered(kind: str) -> None:
+    device = MemoryDevice(lab.plain_image(kind))
+    volume = opened(device)
+    volume.create("one")
+    assert guarded(device) == {True}
+    said = volume.verb("guard", wanted=False)
+    assert not said["guard"]
+    assert "the snapshots are at risk" in said["notices"][0]
+    for _ in range(2):
+        assert guarded(device) == {False}
+        assert not lab.complaint(device.content)
+        volume = opened(device)
+        assert not volume.outside_write
+        volume.create(f"later-{len(volume.snapshot_names())}")
+        volume.begin_serving()
+        assert volume.end_serving()
+    volume.verb("guard", wanted=True)
+    assert guarded(device) == {True}
+    assert not opened(device).outside_write
+
+
+def test_a_guard_of_the_snapshots_to_come() -> None:
+    device = MemoryDevice(lab.plain_image("ext4"))
+    assert opened(device).verb("guard", wanted=False)["notices"] == []
+    assert guarded(device) == {False}
+    opened(device).create("one")
+    assert guarded(device) == {False}
+    opened(device).verb("strip")
+    opened(device).create("one")
+    assert guarded(device) == {True}, "strip forgets everything"
+
+
+def test_what_was_dropped_is_a_short_list_of_any_names() -> None:
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    names = ["a=b", 'quo"ted', "\u2028", "ü" * 127, *(f"s{number}" for number in range(9))]
+    for name in names:
+        volume.create(name)
+        volume.delete([name], dropped=True)
+    listed = [entry["name"] for entry in opened(device).verb("info")["dropped"]]
+    assert listed == names[-8:]
+    for name in names[:4]:
+        volume.create(name)
+        volume.delete([name], dropped=True)
+    assert [entry["name"] for entry in opened(device).verb("info")["dropped"]][-4:] == names[:4]
+    assert volume.verb("set")["properties"] == {"on-full": "refuse"}
+
+
+def test_a_list_of_a_later_version_is_no_reason_to_fail() -> None:
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.create("one")
+    for text in ("{}", "[[1]]", "[", "[" * 10000, '[["x","y","z","w"]]', "null"):
+        root = volume.require_store().root
+        root.properties["dropped"] = text
+        assert settings.dropped(root) == []
+
+
+# -- watermarks
+
+
+@pytest.mark.parametrize(
+    ("room", "used", "left", "expected"),
+    [
+        (1000, 100, 5000, None),
+        (100, 400, 5000, "low"),
+        (101, 400, 5000, None),
+        (5, 95, 5000, "critical"),
+        (0, 1, 5000, "critical"),
+        (100, 900, 100, None),  # there is no more to copy than there is room for
+        (100, 900, 101, "low"),
+    ],
+)
+def test_watermarks(room: int, used: int, left: int, expected: str | None) -> None:
+    assert Fill(room, used, left).watermark == expected
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.opened: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def open_views(self) -> list[str]:
+        return self.opened
+
+    def snapshots_changed(self) -> None:
+        self.said.append("changed")
+
+
+def blocks_of_files(volume: Volume) -> Iterator[int]:
+    return iter(np.flatnonzero(lab.survey(volume.read(0, volume.size)).files).tolist())
+
+
+def fill_up(volume: Volume, blocks: Iterator[int]) -> int:
+    """Overwrite blocks until one is refused, which is returned."""
+    for block in blocks:
+        try:
+            volume.write(block * BLOCK, random.Random(block).randbytes(BLOCK))
+        except VolumeFull:
+            return block
+    raise AssertionError("it never was full")
+
+
+def small(device: MemoryDevice, *, snapshots: int) -> tuple[Volume, Listener]:
+    """A served volume with little room."""
+    volume, listener = opened(device), Listener()
+    volume.serve_below(listener)
+    for number in range(snapshots):
+        volume.create(f"s{number}")
+    volume.begin_serving(grow=False)
+    return volume, listener
+
+
+def test_warnings_come_once_each_before_the_end() -> None:
+    volume, listener = small(MemoryDevice(lab.plain_image("ext2")), snapshots=1)
+    fill_up(volume, blocks_of_files(volume))
+    assert [line.split("% full")[0][-2:] for line in listener.said] == sorted(
+        line.split("% full")[0][-2:] for line in listener.said
+    )
+    assert len(listener.said) == 2
+    assert all("MiB more can be overwritten before writes fail; delete a snapshot" in line for line in listener.said)
+    found = volume.verb("info")
+    assert found["store"]["watermark"] == "critical"
+    assert found["store"]["room_bytes"] < 5 * BLOCK
+    assert found["notices"][-1].startswith("the store of image is ")
+    listed = volume.verb("list")
+    assert listed["watermark"] == "critical"
+    assert listed["notices"] == found["notices"]
+    volume.verb("set", values={"on-full": "drop-oldest"})
+    assert "before the oldest snapshot is dropped" in volume.verb("list")["notices"][-1]
+
+
+def test_no_more_snapshots_go_than_must() -> None:
+    """Three share what was copied, two more have copies of their own: the first three go for one block, no more."""
+    volume, listener = small(MemoryDevice(lab.plain_image("ext2")), snapshots=3)
+    blocks = list(blocks_of_files(volume))
+    written = 0
+
+    def overwrite(count: int) -> None:
+        nonlocal written
+        for block in blocks[:count]:
+            written += 1
+            volume.write(block * BLOCK, random.Random(written).randbytes(BLOCK))
+        volume.flush()
+
+    overwrite(20)
+    for name in ("s3", "s4"):
+        volume.end_serving()
+        volume.create(name)
+        volume.begin_serving(grow=False)
+        overwrite(10)
+    refused = fill_up(volume, iter(blocks[10:]))
+    volume.verb("set", values={"on-full": "drop-oldest"})
+    volume.write(refused * BLOCK, bytes([2]) * BLOCK)
+    # All five need the block itself; the copies of the first three are theirs alone, but only all three free them.
+    assert volume.snapshot_names() == ["s3", "s4"]
+    assert [line for line in listener.said if line.startswith("dropped")] == [
+        f"dropped snapshot 's{number}' of image: room for copies ran out (on-full=drop-oldest)" for number in range(3)
+    ]
+    assert listener.said[-1] == "changed"
+
+
+def test_an_open_view_keeps_its_snapshot() -> None:
+    """What goes is the next oldest; where that would not do, nothing goes and the write is refused."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    volume, listener = small(device, snapshots=1)
+    blocks = list(blocks_of_files(volume))
+    fill_up(volume, iter(blocks))
+    content = volume.open_view("s0").pread(0, volume.size)
+    volume.verb("set", values={"on-full": "drop-oldest"})
+    listener.opened = ["s0"]
+    before = volume.read(0, volume.size)
+    with pytest.raises(VolumeFull):
+        volume.write(blocks[-1] * BLOCK, bytes(BLOCK))
+    assert volume.read(0, volume.size) == before
+    assert volume.open_view("s0").pread(0, volume.size) == content
+    listener.opened = []
+    volume.write(blocks[-1] * BLOCK, bytes(BLOCK))
+    assert volume.snapshot_names() == []
+    assert volume.end_serving()
+    assert not lab.complaint(device.content)
+
+
+def test_an_atomic_run_keeps_its_way_back() -> None:
+    """It is the oldest, and needs every copy: the write is refused, and nothing goes."""
+    volume, _ = small(MemoryDevice(lab.plain_image("ext2")), snapshots=0)
+    volume.end_serving()
+    volume.verb("create", name="back", kind="atomic")
+    volume.create("other")
+    volume.verb("set", values={"on-full": "drop-oldest"})
+    volume.begin_serving(grow=False)
+    fill_up(volume, blocks_of_files(volume))
+    assert volume.snapshot_names() == ["back", "other"]
+
+
+def full_volume() -> tuple[MemoryDevice, Volume]:
+    """A volume at rest without a free block, the store full."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    volume, _ = small(device, snapshots=2)
+    base = volume.read(0, volume.size)
+    free = lab.survey(base).free
+    filled = lab.changed_by_debugfs(base, "write {} n0", data=b"x" * (free - 8) * BLOCK)
+    for offset, length in lab.changed_runs(base, filled, BLOCK):
+        volume.write(offset, filled[offset : offset + length])
+    fill_up(volume, blocks_of_files(volume))
+    assert volume.end_serving()
+    return device, volume
+
+
+def test_a_create_makes_room_for_itself() -> None:
+    device, volume = full_volume()
+    with pytest.raises(VolumeFull, match="the snapshot needs"):
+        volume.create("third")
+    assert volume.snapshot_names() == ["s0", "s1"]
+    volume.verb("set", values={"on-full": "drop-oldest"})
+    volume.create("third")
+    assert volume.snapshot_names()[-1] == "third"
+    assert "s0" not in volume.snapshot_names()
+    assert opened(device).verb("check")["store"]["ok"]
+    assert not lab.complaint(device.content)
