@@ -32,7 +32,7 @@ _DROPPED_MAX = 8
 def properties(root: Root | None) -> dict[str, str]:
     """Every property with its value; of a volume without a store the defaults."""
     stored = root.properties if root is not None else {}
-    return {name: stored.get(name, values[0]) for name, values in PROPERTIES.items()}
+    return {name: stored[name] if stored.get(name) in values else values[0] for name, values in PROPERTIES.items()}
 
 
 def validate(values: dict[str, str]) -> None:

@@ -123,6 +123,8 @@ def test_a_list_of_a_later_version_is_no_reason_to_fail() -> None:
         root = volume.require_store().root
         root.properties["dropped"] = text
         assert settings.dropped(root) == []
+    root.properties["on-full"] = "ask"
+    assert settings.properties(root) == {"on-full": "refuse"}
 
 
 # -- watermarks
