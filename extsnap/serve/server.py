@@ -558,11 +558,14 @@ class Server:
             self.log(f"{ENDED_BADLY} with an error: {failure}")
         elif not clean:
             self.log(f"{ENDED_BADLY}: the volume needs recovery: the next extsnap command that writes does it")
+        elif self._files is not None and self._files.refused:
+            self.log(f"{ENDED_BADLY}: {self._files.refusal}")
         for client, _, _ in self._waiting:
             if failure is not None:
                 client.refuse(failure)
             else:
-                client.answer({"ended": True, "clean": clean, "said": self._said})
+                refusal = self._files.refusal if self._files is not None else ""
+                client.answer({"ended": True, "clean": clean, "said": self._said, "refusal": refusal})
             client.drain(2.0)
         self._waiting.clear()
         for client in list(self._clients.values()):

@@ -518,6 +518,8 @@ def umount(directory: str) -> None:
                 f"{fuse.source} was not left clean{_complaint(key)}",
                 hint="the next extsnap command that writes recovers it",
             )
+        if result.get("refusal"):
+            raise ServerError(f"{fuse.source}: {result['refusal']}", hint="run extsnap check for what it left")
     finally:
         if pidfd is not None:
             os.close(pidfd)

@@ -271,7 +271,8 @@ class Life:
         """The whole of it."""
         self.begin()
         full_at = self.rng.randrange(3)
-        steps = [self.write] * 12 + [self.create] * 5 + [self.delete] * 2 + [self.look] * 4 + [self.restore, self.switch]
+        steps = [self.write] * 12 + [self.create] * 5 + [self.delete] * 2 + [self.look] * 4
+        steps += [self.restore, self.switch]
         for number in range(STEPS):
             if number == full_at:
                 self.fill()
@@ -294,7 +295,7 @@ class Life:
 
 
 def run(report: Report, part: str, cases: int, rng: random.Random) -> None:
-    """Lives of one part; among them some that dropped snapshots and some that refused writes."""
+    """Lives of one part; in some there must be no room."""
     drops = refusals = 0
     for _ in range(cases):
         seed = rng.getrandbits(32)
@@ -302,8 +303,8 @@ def run(report: Report, part: str, cases: int, rng: random.Random) -> None:
             life = _life(part, seed)
             drops += life.drops
             refusals += life.refusals
-    if not report.failures and not (drops and refusals):
-        report.fail(part, f"{drops} snapshots dropped, {refusals} writes refused: too few to show anything")
+    if not report.failures and not drops + refusals:
+        report.fail(part, "no snapshot was dropped and no write refused: this shows nothing")
     report.seen["snapshots dropped"] += drops
     report.seen["writes refused"] += refusals
 
