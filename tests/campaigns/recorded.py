@@ -1,8 +1,8 @@
 """A volume's life on a recorded medium, cut at any operation, recovered, and judged.
 
-`Campaign` runs steps (create, serve, grow, delete, restore, undo, strip) on a small ext2 or ext4 volume and keeps,
+`Recorded` runs steps (create, serve, grow, delete, restore, undo, strip) on a small ext2 or ext4 volume and keeps,
 for each step, what was before and after it: the base volume's bytes, every snapshot's bytes, and what debugfs and
-dumpe2fs say about which blocks are in use and which belong to files.  `Campaign.judge` then takes one medium that a
+dumpe2fs say about which blocks are in use and which belong to files.  `Recorded.judge` then takes one medium that a
 power cut may have left (docs/TESTING.md, the fault model) and requires:
 
 1. before anything opens it: the dirty mark is on, or no superblock has it and ``e2fsck -fn`` exits 0 on it as it is;
@@ -33,7 +33,7 @@ import lab
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.blockdev.base import Device
+from extsnap.blockdev.base import CloningDevice
 from extsnap.blockdev.recording import (
     EVERYTHING,
     NOTHING,
@@ -104,7 +104,11 @@ def _has_journal(content: bytes) -> bool:
 
 def plain_image(kind: str) -> bytes:
     """A volume of 4 or 5 MiB with five groups, 1 KiB blocks, and six files of 3 to 90 blocks."""
-    blocks, options = {"ext2": (4700, ["-O", "^resize_inode"]), "ext4": (5900, ["-J", "size=1"])}[kind]
+    blocks, options = {
+        "ext2": (4700, ["-O", "^resize_inode"]),
+        "ext3": (5900, ["-J", "size=1"]),
+        "ext4": (5900, ["-J", "size=1"]),
+    }[kind]
     rng = random.Random(kind)
     with tempfile.TemporaryDirectory(prefix="extsnap-crash-", dir=_MEMORY) as name:
         tree, image = Path(name) / "tree", Path(name) / "image"
@@ -188,7 +192,7 @@ def metadata_touched(log: list[Operation], before: Moment, after: Moment) -> Fla
     return touched & ~(before.files | after.files)
 
 
-class Campaign:
+class Recorded:
     """A volume's life, recorded; see the module."""
 
     def __init__(self, kind: str) -> None:
@@ -205,10 +209,15 @@ class Campaign:
         self._events: list[Event] = []
         self._now = self.moment()
 
-    def opened(self, device: Device) -> Volume:
+    def opened(self, device: CloningDevice) -> Volume:
         """The volume on a device, recovered where need be."""
         rng = random.Random(len(self.steps))
         return Volume(device, writable=True, clock=self.clock, random_bytes=rng.randbytes)
+
+    def reopen(self) -> None:
+        """Open the medium anew, as the next command does."""
+        self.volume = self.opened(self.device)
+        self._views.clear()  # what somebody wrote outside may show in them
 
     def clock(self) -> int:
         self.time += 10**9
@@ -303,7 +312,7 @@ class Campaign:
         """
         step = self.step_at(state.point)
         where = f"{self.kind}: {step.name}, cut after operation {state.point} of {step.first}..{step.last}"
-        where += f", seed {state.seed} (replay with --crash-replay {self.kind}:{state.point}:{state.seed})"
+        where += f", seed {state.seed}"
         try:
             self._judge(bytes(state.content), step, state.point, nested, variants)
         except Exception as error:
@@ -355,6 +364,9 @@ class Campaign:
             complaint = self.fsck.complaint(content)
             assert not complaint, f"there is no dirty mark, and {complaint}"
         volume = self.opened(device)
+        if volume.outside_write:
+            assert step.name == "accept", "it looks as if it had been written outside extsnap"
+            volume.verb("accept")
         base = volume.read(0, volume.size)
         names = sorted(volume.snapshot_names())
         assert names in (step.before.names, step.after.names), f"there are snapshots {names}"
@@ -371,7 +383,8 @@ class Campaign:
             base = volume.read(0, volume.size)
         assert not volume.outside_write, "it looks as if it had been written outside extsnap"
         assert not volume.medium.state.mark, "the mark is still on"
-        assert volume.medium.state.guard == bool(names), "the guard is not as it should be"
+        wanted = {bool(names)} if not step.name.startswith("guard") else {bool(names), False}
+        assert volume.medium.state.guard in wanted, "the guard is not as it should be"
         checked = volume.verb("check")
         assert checked["store"]["ok"], checked["store"]["errors"]
         assert not any(entry["errors"] for entry in checked["snapshots"]), checked["snapshots"]
@@ -411,7 +424,8 @@ class Campaign:
 
     def _require_flushed(self, base: bytes, step: Step, point: int) -> None:
         """Every sector is as at the last flush that had returned, or as a write since left it."""
-        flushed, since = step.before.base, []
+        flushed = step.before.base
+        since: list[Event] = []
         for event in step.events:
             if event.flush and event.returned <= point:
                 flushed, since = event.content, []
@@ -483,4 +497,4 @@ class Campaign:
             ) from error
 
 
-__all__ = ["BLOCK", "EVERYTHING", "NOTHING", "Campaign", "Step"]
+__all__ = ["BLOCK", "EVERYTHING", "NOTHING", "Recorded", "Step"]

@@ -1,0 +1,187 @@
+"""The life that power cuts and faults interrupt: every command once at least, on a volume that `recorded` keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import lab
+import numpy as np
+
+from campaigns.recorded import BLOCK, Recorded, repaired
+from extsnap.snapshot import edit, engine
+from extsnap.snapshot.store import SLOT_BLOCKS
+from extsnap.snapshot.volume import Volume
+
+SECTOR_BYTES = 512
+
+
+def blocks_of_files(recorded: Recorded) -> list[int]:
+    """Data blocks of files, in an order by chance that is the same every time."""
+    blocks = np.flatnonzero(lab.survey(recorded.volume.read(0, recorded.volume.size)).files).tolist()
+    recorded.random.shuffle(blocks)
+    return blocks
+
+
+def session_of_writes(recorded: Recorded) -> None:
+    """Random overwrites with flushes between, of whole blocks, parts, the same block twice, and a punch."""
+    rng = recorded.random
+    blocks = blocks_of_files(recorded)
+    for number in range(10):
+        for block in blocks[number * 5 : number * 5 + 5]:
+            skip = rng.choice([0, 0, 0, 100, SECTOR_BYTES])
+            recorded.write(block * BLOCK + skip, rng.randbytes(BLOCK - skip))
+        if number % 3 == 1:
+            recorded.write(blocks[number * 5] * BLOCK, rng.randbytes(BLOCK))
+        if number == 4:
+            recorded.punch(blocks[40] * BLOCK, BLOCK)
+        if number % 2:
+            recorded.flush()
+
+
+def kernel_session(recorded: Recorded) -> None:
+    """What a kernel does to a served volume: mount, a transaction in the journal, checkpoint, unmount.
+
+    Made by debugfs and e2fsck on copies, written back in the kernel's order.  On ext2 there is no journal: the
+    superblock says that the volume is not clean, then metadata change in no order at all.
+    """
+    old = recorded.volume.read(0, recorded.volume.size)
+    new = lab.changed_by_debugfs(old, "write {} n0", "rm f1", "mkdir d0", data=b"new" * 5000)
+    everything, superblock = set(range(len(old) // BLOCK)), {1}
+    stages: list[tuple[bytes, bytes, set[int]]]
+    if recorded.kind == "ext2":
+        dirty = lab.changed_by_debugfs(old, "set_super_value state 0")
+        stages = [(old, dirty, everything), (dirty, new, everything - superblock), (dirty, new, superblock)]
+    else:
+        data, logged, done, journal = transaction(old, new)
+        log = {journal}
+        rest = everything - superblock - log
+        stages = [
+            (old, data, everything),
+            (data, logged, superblock),
+            (data, logged, log),
+            (data, logged, rest),
+            (logged, done, rest),
+            (logged, done, log),
+            (logged, done, superblock),
+        ]
+    for start, end, part in stages:
+        blocks = [block for block in np.flatnonzero(lab.unequal(start, end)).tolist() if block in part]
+        recorded.random.shuffle(blocks)
+        for block in blocks:
+            recorded.write(block * BLOCK, end[block * BLOCK : (block + 1) * BLOCK])
+        recorded.flush()
+    assert not lab.complaint(recorded.volume.read(0, recorded.volume.size))
+
+
+def transaction(old: bytes, new: bytes) -> tuple[bytes, bytes, bytes, int]:
+    """The change from ``old`` to ``new`` as one transaction of an ext4 journal.
+
+    Returns:
+        (with the new file data; with the metadata in the journal; replayed; block of the journal's superblock).
+    """
+    survey = lab.survey(new)
+    changed = lab.unequal(old, new)
+    data = bytearray(old)
+    for block in np.flatnonzero(changed & survey.files).tolist():
+        data[block * BLOCK : (block + 1) * BLOCK] = new[block * BLOCK : (block + 1) * BLOCK]
+    changed[:2] = False
+    metadata = np.flatnonzero(changed & ~survey.files).tolist()
+    content = b"".join(new[block * BLOCK : (block + 1) * BLOCK] for block in metadata)
+    numbers = ",".join(map(str, metadata))
+    logged = lab.changed_by_debugfs(
+        bytes(data), "journal_open", f"journal_write -b {numbers} {{}}", "journal_close", data=content
+    )
+    return bytes(data), logged, repaired(logged), int(survey.journal[0]) - 1
+
+
+def grow(volume: Volume) -> None:
+    edit.grow(volume, 400)
+    volume.settle()
+
+
+def move(volume: Volume) -> None:
+    """The log and half of what is behind it go elsewhere, as before a restore that needs their blocks."""
+    store = volume.require_store()
+    logical = np.arange(SLOT_BLOCKS, SLOT_BLOCKS + store.root.log_blocks + 40)
+    edit.move(volume, np.sort(store.physical(logical)))
+    volume.settle()
+
+
+def written_outside(recorded: Recorded, volume: Volume) -> None:
+    """Somebody writes to the image itself, past extsnap: the guard does not stop debugfs.  Then it is opened again."""
+    medium = recorded.device.pread(0, recorded.device.size)
+    for offset, length in lab.changed_runs(medium, lab.changed_by_debugfs(medium, "ssv mkfs_time 1600000000")):
+        changed = lab.changed_by_debugfs(medium, "ssv mkfs_time 1600000000")
+        recorded.device.pwrite(offset, changed[offset : offset + length])
+    recorded.device.flush()
+    recorded.reopen()
+    assert recorded.volume.outside_write, "an outside write was not noticed"
+
+
+def setting(name: str, **arguments: object) -> Callable[[Recorded, Volume], object]:
+    return lambda recorded, volume: volume.verb(name, **arguments)
+
+
+Action = Callable[[Recorded, Volume], object]
+LIFE: list[tuple[str, Action]] = [
+    ("first create", lambda recorded, volume: volume.create("one")),
+    ("begin serving", lambda recorded, volume: volume.begin_serving()),
+    ("writes", lambda recorded, volume: session_of_writes(recorded)),
+    ("end serving", lambda recorded, volume: volume.end_serving()),
+    ("second create", lambda recorded, volume: volume.create("two", "a message")),
+    ("set", setting("set", values={"on-full": "drop-oldest"})),
+    ("set again", setting("set", values={"on-full": "refuse"})),
+    ("guard off", setting("guard", wanted=False)),
+    ("guard on", setting("guard", wanted=True)),
+    ("growth", lambda recorded, volume: grow(volume)),
+    ("move", lambda recorded, volume: move(volume)),
+    ("begin serving again", lambda recorded, volume: volume.begin_serving()),
+    ("a kernel's writes", lambda recorded, volume: kernel_session(recorded)),
+    ("create while serving", lambda recorded, volume: volume.create("three")),
+    ("more writes", lambda recorded, volume: session_of_writes(recorded)),
+    ("end serving again", lambda recorded, volume: volume.end_serving()),
+    ("written outside", written_outside),
+    ("accept", setting("accept")),
+    ("delete", lambda recorded, volume: volume.delete(["one"])),
+    ("restore", lambda recorded, volume: volume.verb("restore", name="two")),
+    ("undo", lambda recorded, volume: volume.verb("restore", undo=True)),
+    ("restore without safety", lambda recorded, volume: volume.verb("restore", name="three", safety=False)),
+    ("delete two", lambda recorded, volume: volume.delete(["three", "two"])),
+    ("delete the rest", lambda recorded, volume: volume.delete(volume.snapshot_names())),
+    ("strip", lambda recorded, volume: volume.verb("strip")),
+]
+
+#: Steps that are not extsnap's: nothing is promised of a cut in the middle of somebody else's write.
+NOT_OURS = {"written outside"}
+#: Steps that are cut after each operation in the short form too.
+EVERY_OPERATION = {
+    "first create",
+    "second create",
+    "growth",
+    "move",
+    "create while serving",
+    "guard off",
+    "guard on",
+    "set",
+    "accept",
+    "delete",
+    "restore",
+    "strip",
+}
+
+
+def lived(kind: str) -> Recorded:
+    """A volume's whole life, recorded."""
+    recorded = Recorded(kind)
+    for name, action in LIFE:
+        recorded.step(name, functools.partial(action, recorded))
+    return recorded
+
+
+@contextlib.contextmanager
+def small_hold() -> Iterator[None]:
+    """A hold that fills up within a session of a small volume: more batches, and thousands of opens are faster."""
+    with mock.patch.object(engine, "HOLD_BYTES", 32 << 10), mock.patch.object(engine, "PIECE_BYTES", 64 << 10):
+        yield
