@@ -38,7 +38,7 @@ EVERYTHING, NOTHING = -1, -2
 PRIMARY = (1024,)
 
 OperationKind = Literal["read", "write", "punch", "flush"]
-FaultKind = Literal["EIO", "ENOSPC", "short", "gone"]
+FaultKind = Literal["EIO", "ENOSPC", "short", "gone", "lost"]
 
 
 class MemoryDevice:
@@ -306,8 +306,11 @@ class FaultyDevice:
         fail_at: Which operation fails, counted from 1; 0 for none, which is how to count them.
         kind: "EIO" or "ENOSPC": nothing is done.  "short": a write or punch does its first half, then EIO.
             "gone": EIO, for this and every later operation, reads included: a cable pulled.
+            "lost": of flushes: EIO, and what was written since the last one stays in the host's cache, where it is
+            read, but by chance never reaches the medium, although later flushes succeed: what Linux does.
         operations: What is counted, and may fail.
         superblocks: Byte offsets of superblocks, which no short write tears.
+        rng: Decides what is lost.
 
     Attributes:
         count: Operations so far.
@@ -323,7 +326,11 @@ class FaultyDevice:
         kind: FaultKind = "EIO",
         operations: Iterable[OperationKind] = ("write", "punch", "flush"),
         superblocks: Iterable[int] = (),
+        rng: random.Random | None = None,
     ) -> None:
+        self._rng = rng or random.Random(0)
+        self._unsynced: dict[int, bytes] = {}  # sectors written since the last flush, as they were at it
+        self._never_written: dict[int, bytes] = {}
         self._device = device
         self._fail_at = fail_at
         self._kind = kind
@@ -332,6 +339,35 @@ class FaultyDevice:
         self.count = 0
         self.failures = 0
         self.size = device.size
+
+    def _touch(self, offset: int, length: int) -> None:
+        """Remember what the medium has of sectors that are about to be written."""
+        if self._kind != "lost" or not length:
+            return
+        start, end = offset // SECTOR * SECTOR, min(-(-(offset + length) // SECTOR) * SECTOR, self.size)
+        for superblock in self._superblocks:
+            if superblock < end and start < superblock + SUPERBLOCK_BYTES:
+                start, end = min(start, superblock), max(end, superblock + SUPERBLOCK_BYTES)
+        old = self._device.pread(start, end - start)
+        for at in range(start, end, SECTOR):
+            content = self._never_written.pop(at, None)
+            self._unsynced.setdefault(at, old[at - start : at - start + SECTOR] if content is None else content)
+
+    def medium_after_power_cut(self) -> bytes:
+        """What is on the medium if the power fails after the last flush: without what was lost."""
+        content = bytearray(self._device.pread(0, self.size))
+        for at, old in self._never_written.items():
+            content[at : at + len(old)] = old
+        return bytes(content)
+
+    def _lose(self) -> None:
+        """Of what was written since the last flush, some never reaches the medium; a superblock is lost whole."""
+        halves = {at + SECTOR: at for at in self._superblocks}
+        lost: dict[int, bool] = {}
+        for at in sorted(self._unsynced):
+            lost[at] = lost[halves[at]] if halves.get(at) in lost else self._rng.random() < 0.5
+        self._never_written |= {at: self._unsynced[at] for at, gone in lost.items() if gone}
+        self._unsynced.clear()
 
     def _fails(self, operation: OperationKind) -> bool:
         """Count one operation; true if it is to fail."""
@@ -372,6 +408,7 @@ class FaultyDevice:
             if self._kind == "short":
                 self._device.pwrite(offset, memoryview(data)[: self._half(offset, len(data))])
             raise self._error("write", offset, len(data))
+        self._touch(offset, len(data))
         self._device.pwrite(offset, data)
 
     def punch(self, offset: int, length: int) -> None:
@@ -380,6 +417,7 @@ class FaultyDevice:
             if self._kind == "short":
                 self._device.punch(offset, self._half(offset, length))
             raise self._error("punch", offset, length)
+        self._touch(offset, length)
         self._device.punch(offset, length)
 
     @property
@@ -393,10 +431,14 @@ class FaultyDevice:
             self.failures -= self._kind != "gone"
             self._fail_at = self.count + 1
             return False
+        self._touch(target, length)
         return self._device.clone(source, target, length)
 
     def flush(self) -> None:
         """Flush the device below, or fail: then nothing is promised of what came before."""
         if self._fails("flush"):
+            if self._kind == "lost":
+                self._lose()
             raise self._error("flush", 0, 0)
+        self._unsynced.clear()
         self._device.flush()

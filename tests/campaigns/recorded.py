@@ -192,6 +192,11 @@ def metadata_touched(log: list[Operation], before: Moment, after: Moment) -> Fla
     return touched & ~(before.files | after.files)
 
 
+def put_below(volume: Volume, device: CloningDevice) -> None:
+    """Exchange the device below an open volume for one with the same content."""
+    volume._device = volume.medium.device = volume.require_store().device = device
+
+
 class Recorded:
     """A volume's life, recorded; see the module."""
 
@@ -324,11 +329,22 @@ class Recorded:
         step = replace(step, events=events)
         self._recovered(MemoryDevice(content), content, step, lambda found: self._require_flushed(found, step, 0))
 
-    def alone(self, step: Step, content: bytes, action: Callable[[Volume], object]) -> Step:
-        """The step as a program of its own does it on the medium that the step found: what it wrote, what it left."""
-        device = RecordingDevice(MemoryDevice(content))
+    def alone(self, step: Step, content: bytes, action: Callable[[Volume], object], *, served: bool = False) -> Step:
+        """The step as a program of its own does it on the medium that the step found: what it wrote, what it left.
+
+        Args:
+            served: The volume was being served then: the step begins once it is again.
+        """
         self.time = step.time
-        volume = self.opened(device)
+        if served:
+            volume = self.opened_serving(MemoryDevice(content))
+            base = volume.read(0, volume.size)
+            device = RecordingDevice(MemoryDevice(volume.medium.device.pread(0, volume.size)))
+            put_below(volume, device)
+            step = replace(step, before=replace(step.before, base=base))
+        else:
+            device = RecordingDevice(MemoryDevice(content))
+            volume = self.opened(device)
         action(volume)
         base = volume.read(0, volume.size)
         survey = lab.survey(base)
