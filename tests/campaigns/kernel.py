@@ -15,10 +15,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pickle
 import random
 import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +28,21 @@ from pathlib import Path
 import lab
 from arena import arena, make_volume
 
-from campaigns.recorded import Fsck
+from campaigns.recorded import NOTHING, Fsck, repaired
 from campaigns.report import Report
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.image import ImageFile
-from extsnap.blockdev.recording import MemoryDevice, Operation, crash_state, crash_states
+from extsnap.blockdev.recording import CrashState, MemoryDevice, Operation, crash_state, crash_states
 from extsnap.errors import NeedsRecovery
 from extsnap.ext.locate import locate
 from extsnap.serve import session
 from extsnap.snapshot.volume import Volume
 
+#: Bytes that are overwritten in place: no more than a block of any of the volumes.
 BLOCK = 1024
-MEBIBYTES = 12
 BIG_BLOCKS = 2000
+#: Block size and MiB of each: with blocks of a page the kernel delays writes to the served file.
+SHAPES = {"kernel-ext4": (4096, 24)}
 PARTS = ("kernel-ext2", "kernel-ext3-ordered", "kernel-ext3-journal", "kernel-ext4")
 ROUNDS = 60
 _HEAD = struct.Struct("=cQQ")  # kind, offset, length; the data of a write follow
@@ -141,6 +145,7 @@ class Recording:
         initial: The medium before it.
         log: What was done to it.
         views: What each snapshot reads as.
+        created: Operations in the record before and after the third snapshot was taken.
         promises: In order.
     """
 
@@ -149,6 +154,7 @@ class Recording:
     log: list[Operation]
     superblocks: list[int]
     views: dict[str, bytes]
+    created: tuple[int, int]
     promises: list[Promise] = field(default_factory=list)
 
 
@@ -158,9 +164,11 @@ class _Load:
     def __init__(self, directory: Path, record: Path, rng: random.Random, *, names: bool) -> None:
         self.directory, self.record, self.rng, self.names = directory, record, rng, names
         self.promises: list[Promise] = []
-        self.top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        self.big = os.open(directory / "big", os.O_RDWR)
         self.kept: list[str] = []
+
+    def open(self) -> None:
+        self.top = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        self.big = os.open(self.directory / "big", os.O_RDWR)
 
     def close(self) -> None:
         os.close(self.big)
@@ -171,15 +179,12 @@ class _Load:
 
     def overwrite(self) -> None:
         """Blocks in place, here and there, made durable together."""
-        issued, written = self._length(), []
-        for _ in range(self.rng.randint(1, 12)):
-            offset = self.rng.randrange(BIG_BLOCKS) * BLOCK
-            data = self.rng.randbytes(BLOCK)
-            os.pwrite(self.big, data, offset)
-            written.append((offset, data))
+        issued, written = self._length(), {}
+        for block in self.rng.sample(range(BIG_BLOCKS), self.rng.randint(1, 12)):
+            written[block * BLOCK] = data = self.rng.randbytes(BLOCK)
+            os.pwrite(self.big, data, block * BLOCK)
         os.fdatasync(self.big)
-        latest = dict(written)
-        self.promises += [Promise(issued, self._length(), "big", at, data) for at, data in latest.items()]
+        self.promises += [Promise(issued, self._length(), "big", at, data) for at, data in written.items()]
 
     def new_file(self) -> None:
         """A file that never changes again."""
@@ -240,19 +245,16 @@ def _recording_servers() -> Iterator[None]:
         session.FACTORY = before
 
 
-def _kind(part: str) -> str:
-    return part.split("-")[1]
-
-
 @functools.cache
 def recording_of(part: str) -> Recording:
-    """One session of the kernel, recorded: snapshots, then a load, an unmount, a snapshot and another load."""
-    kind = _kind(part)
+    """Two snapshots at rest, then on the record: a load under the kernel, a third snapshot, and another load."""
+    kind = part.split("-")[1]
+    block_size, mebibytes = SHAPES.get(part, (1024, 12))
     rng = random.Random(part)
     with arena() as top, _recording_servers():
-        options = ["-b", str(BLOCK), *(["-J", "size=1"] if kind != "ext2" else [])]
+        options = ["-b", str(block_size), *(["-J", f"size={block_size // 1024}"] if kind != "ext2" else [])]
         content = rng.randbytes(BIG_BLOCKS * BLOCK)
-        image = make_volume(top / "disk.img", kind, MEBIBYTES, *options, files={"big": content})
+        image = make_volume(top / "disk.img", kind, mebibytes, *options, files={"big": content})
         if part.endswith("journal"):
             lab.run("tune2fs", "-o", "journal_data", str(image))
         with Volume.open(image, writable=True) as volume:
@@ -261,25 +263,31 @@ def recording_of(part: str) -> Recording:
             superblocks = volume.superblock_offsets(volume.filesystem())
             views = {name: volume.open_view(name).pread(0, volume.size) for name in volume.snapshot_names()}
         initial = image.read_bytes()
-        mount = top / "mount"
+        mount, record = top / "mount", Path(f"{image}.record")
         mount.mkdir()
-        record = Path(f"{image}.record")
-        session.mount(str(image), str(mount))
-        try:
-            load = _Load(mount, record, rng, names=kind != "ext2")
+        load = _Load(mount, record, rng, names=kind != "ext2")
+        created = [0, 0]
+        for number in range(2):
+            session.mount(str(image), str(mount))
             try:
-                load.run()
+                load.open()
+                try:
+                    load.run()
+                finally:
+                    load.close()
             finally:
-                load.close()
-        finally:
-            session.umount(str(mount))
-        raw = record.read_bytes()
-        log, ends = read_record(raw)
-        at = {end: number + 1 for number, end in enumerate(ends)} | {0: 0}
-        promises = load.promises
-        for promise in promises:
-            promise.issued, promise.made = at[promise.issued], at[promise.made]
-        return Recording(part, initial, log, superblocks, views, promises)
+                session.umount(str(mount))
+            if not number:
+                created[0] = os.stat(record).st_size
+                with recorded_volume(str(image), writable=True) as volume:
+                    volume.create("three")
+                    views["three"] = volume.open_view("three").pread(0, volume.size)
+                created[1] = os.stat(record).st_size
+        log, ends = read_record(record.read_bytes())
+        for promise in load.promises:  # what was being written just then does not count
+            promise.issued, promise.made = bisect_right(ends, promise.issued), bisect_right(ends, promise.made)
+        first, last = (bisect_right(ends, at) for at in created)
+        return Recording(part, initial, log, superblocks, views, (first, last), load.promises)
 
 
 # -- the judge
@@ -293,7 +301,7 @@ def _recovered(content: bytes) -> Volume:
     if volume.needs_replay:
         base = volume.read(0, volume.size)
         volume.begin_serving(grow=False)
-        new = _repaired(base)
+        new = repaired(base)
         for offset, length in lab.changed_runs(base, new):
             volume.write(offset, new[offset : offset + length])
         volume.flush()
@@ -303,15 +311,6 @@ def _recovered(content: bytes) -> Volume:
             raise AssertionError(f"e2fsck was let do its work, and {error}") from error
         assert clean, "the filesystem still needs recovery after e2fsck"
     return volume
-
-
-def _repaired(base: bytes) -> bytes:
-    with lab.as_file(base) as path:
-        for option in ("-p", "-fy"):
-            done = subprocess.run(["e2fsck", option, path], capture_output=True, text=True, check=False)
-            if done.returncode in (0, 1):
-                return Path(path).read_bytes()
-    raise AssertionError(f"e2fsck {option} ended with {done.returncode}\n{done.stdout}{done.stderr}")
 
 
 def _files(base: bytes) -> dict[str, bytes]:
@@ -358,11 +357,15 @@ def judge(recording: Recording, point: int, content: bytes, *, show: bool) -> No
         # While the mark goes on, primary first, nothing is being changed yet.
         _require_left_alone(content, [tool for tool in STOCK_TOOLS if all(marked) or "-b" not in tool])
     volume = _recovered(content)
-    for name, view in recording.views.items():
+    names = sorted(volume.snapshot_names())
+    without, first, last = sorted(set(recording.views) - {"three"}), *recording.created
+    expected = ([without] if point < last else []) + ([sorted(recording.views)] if point > first else [])
+    assert names in expected, f"there are snapshots {names}"
+    for name in names:
+        view = recording.views[name]
         seen = volume.open_view(name).pread(0, len(view))
         wrong = lab.unequal(seen, view)
         assert not wrong.any(), f"snapshot {name} differs in {int(wrong.sum())} blocks: {wrong.nonzero()[0][:10]}"
-    assert sorted(volume.snapshot_names()) == sorted(recording.views)
     assert not volume.medium.state.mark, "the mark is still on"
     checked = volume.verb("check")
     assert checked["store"]["ok"], checked["store"]["errors"]
@@ -393,8 +396,12 @@ def _try_to_mount(path: str) -> None:
 
 
 def run(report: Report, part: str, cases: int, rng: random.Random) -> None:
-    """Cut a session at random."""
+    """Cut a session at random, and just where an fsync had returned, all that was not flushed being lost."""
     recording = recording_of(part)
+    promised = sorted({promise.made for promise in recording.promises})
+    for number, point in enumerate(rng.sample(promised, min(cases // 3, len(promised)))):
+        _case(report, recording, _cut(recording, point, NOTHING), number)
+    cases -= cases // 3
     everywhere = range(len(recording.log) + 1)
     points = sorted(rng.sample(everywhere, min(cases, len(everywhere))))
     variants = -(-cases // len(points))
@@ -402,13 +409,31 @@ def run(report: Report, part: str, cases: int, rng: random.Random) -> None:
         recording.initial, recording.log, rng, superblocks=recording.superblocks, points=points, variants=variants
     )
     for number, state in enumerate(states):
-        with report.case(f"{part}:{state.point}:{state.seed}", "under the kernel"):
+        _case(report, recording, state, number)
+
+
+def _case(report: Report, recording: Recording, state: CrashState, number: int) -> None:
+    """Judge one medium; if that fails, the record is kept for a replay, for the kernel never does the same twice."""
+    token = f"{recording.part}:{state.point}:{state.seed}"
+    with report.case(token, "under the kernel"):
+        try:
             judge(recording, state.point, bytes(state.content), show=number % SHOWN == 0)
+        except Exception:
+            _kept(recording.part).parent.mkdir(parents=True, exist_ok=True)
+            _kept(recording.part).write_bytes(pickle.dumps(recording))
+            raise
+
+
+def _kept(part: str) -> Path:
+    return Path(__file__).parents[2] / ".cache" / "campaigns" / f"{part}.pickle"
+
+
+def _cut(recording: Recording, point: int, seed: int) -> CrashState:
+    return crash_state(recording.initial, recording.log, point, seed, superblocks=recording.superblocks)
 
 
 def replay(report: Report, part: str, point: int, seed: int) -> None:
-    """One cut again; of another session of the same load, for the kernel takes its own time."""
-    recording = recording_of(part)
-    state = crash_state(recording.initial, recording.log, point, seed, superblocks=recording.superblocks)
+    """One cut again, of the record that was kept when it failed; without one, of a new session of the same load."""
+    recording = pickle.loads(_kept(part).read_bytes()) if _kept(part).exists() else recording_of(part)
     with report.case(f"{part}:{point}:{seed}", "under the kernel"):
-        judge(recording, point, bytes(state.content), show=True)
+        judge(recording, point, bytes(_cut(recording, point, seed).content), show=True)

@@ -110,15 +110,30 @@ def move(volume: Volume) -> None:
     volume.settle()
 
 
-def written_outside(recorded: Recorded, volume: Volume) -> None:
-    """Somebody writes to the image itself, past extsnap: the guard does not stop debugfs.  Then it is opened again."""
+def written_outside(recorded: Recorded, volume: Volume, *, journal: bool = False) -> None:
+    """Somebody writes to the image itself, past extsnap: the guard does not stop debugfs.  Then it is opened again.
+
+    Args:
+        journal: What was written waits in the journal; on a volume without one nothing is done.
+    """
     medium = recorded.device.pread(0, recorded.device.size)
-    for offset, length in lab.changed_runs(medium, lab.changed_by_debugfs(medium, "ssv mkfs_time 1600000000")):
-        changed = lab.changed_by_debugfs(medium, "ssv mkfs_time 1600000000")
-        recorded.device.pwrite(offset, changed[offset : offset + length])
+    if journal and recorded.kind == "ext2":
+        return
+    if journal:
+        written = transaction(medium, lab.changed_by_debugfs(medium, "mkdir d1"))[1]
+    else:
+        written = lab.changed_by_debugfs(medium, "ssv mkfs_time 1600000000")
+    for offset, length in lab.changed_runs(medium, written):
+        recorded.device.pwrite(offset, written[offset : offset + length])
     recorded.device.flush()
     recorded.reopen()
     assert recorded.volume.outside_write, "an outside write was not noticed"
+
+
+def replayed(recorded: Recorded, volume: Volume) -> None:
+    """What is in the journal comes home through the write path."""
+    if volume.needs_replay:
+        recorded.replay(volume, volume.read(0, volume.size))
 
 
 def setting(name: str, **arguments: object) -> Callable[[Recorded, Volume], object]:
@@ -145,6 +160,9 @@ LIFE: list[tuple[str, Action]] = [
     ("end serving again", lambda recorded, volume: volume.end_serving()),
     ("written outside", written_outside),
     ("accept", setting("accept")),
+    ("written outside, journal", functools.partial(written_outside, journal=True)),
+    ("accept, journal", setting("accept")),
+    ("replay", replayed),
     ("delete", lambda recorded, volume: volume.delete(["one"])),
     ("restore", lambda recorded, volume: volume.verb("restore", name="two")),
     ("undo", lambda recorded, volume: volume.verb("restore", undo=True)),
@@ -155,7 +173,7 @@ LIFE: list[tuple[str, Action]] = [
 ]
 
 #: Steps that are not extsnap's: nothing is promised of a cut in the middle of somebody else's write.
-NOT_OURS = {"written outside"}
+NOT_OURS = {"written outside", "written outside, journal"}
 #: Steps that are cut after each operation in the short form too.
 EVERY_OPERATION = {
     "first create",
@@ -167,6 +185,7 @@ EVERY_OPERATION = {
     "guard on",
     "set",
     "accept",
+    "accept, journal",
     "delete",
     "restore",
     "strip",

@@ -48,11 +48,11 @@ def every_operation(life: Recorded, *, thorough: bool) -> list[int]:
         if step.name in NOT_OURS:
             continue
         stride = 1 if thorough or step.name in EVERY_OPERATION else 3
-        for point in range(step.first + 1, step.last + 1, stride):
-            # A barrier changes nothing on this medium, only what a session may expect of it.
-            if step.events or life.device.log[point - 1].kind != "flush":
+        for point in {*range(step.first + 1, step.last + 1, stride), step.last}:
+            # A barrier changes nothing on this medium, only what a session may expect of it, and that a command ended.
+            if step.events or life.device.log[point - 1].kind != "flush" or point == step.last:
                 points.append(point)
-    return points
+    return sorted(points)
 
 
 def sampled(life: Recorded, count: int, rng: random.Random) -> list[tuple[int, int, bool]]:
@@ -82,11 +82,10 @@ def run(report: Report, part: str, cases: int, rng: random.Random) -> None:
         kernel.run(report, part, cases, rng)
         return
     life = life_of(part)
-    plan = []
+    plan = sampled(life, cases, rng) + between_slots(life, cases // 24)
     if part != "ext3" or cases >= THOROUGH:  # it has ext4's journal and ext2's maps
         plan += [(point, EVERYTHING, False) for point in every_operation(life, thorough=cases >= THOROUGH)]
-    plan += between_slots(life, cases // 24)
-    for point, seed, again in plan + sampled(life, cases, rng):
+    for point, seed, again in plan:
         _judge(report, life, point, seed, again)
 
 

@@ -50,7 +50,9 @@ Flags = npt.NDArray[np.bool_]
 BLOCK = lab.BLOCK
 SECTOR = 512
 MARK_BYTE, MARK_BIT = 0x63, 0x80
+RECOVER_BYTE, RECOVER_BIT = 0x60, 0x04
 SLOT_MAGIC = b"EXTSNAP\x01"
+JOURNAL_MAGIC = b"\xc0\x3b\x39\x98"
 _TOOLS = {**os.environ, "LC_ALL": "C", "E2FSPROGS_FAKE_TIME": "1700000000"}
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -132,16 +134,27 @@ class Moment:
         base: The bytes of the base volume.
         in_use: bool[blocks]: blocks in use that are not the store's data, by dumpe2fs and debugfs.
         files: bool[blocks]: data blocks of the test's files, by debugfs.
+        settings: What the store remembers, and which snapshots it calls tainted.
     """
 
     views: dict[str, bytes]
     base: bytes
     in_use: Flags
     files: Flags
+    settings: tuple[object, ...] = ()
 
     @property
     def names(self) -> list[str]:
         return sorted(self.views)
+
+
+def settings_of(volume: Volume) -> tuple[object, ...]:
+    """What ``set``, ``guard`` and ``accept`` change."""
+    if volume.store is None:
+        return ()
+    listed = volume.verb("list")["snapshots"]
+    tainted = tuple(entry["name"] for entry in listed if entry["state"] == "tainted")
+    return volume.verb("set")["properties"]["on-full"], volume.guard_wanted, tainted
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ class Recorded:
                 assert not complaint, f"the view of {name}: {complaint}"
                 self._views[name] = view
         views = {name: self._views[name] for name in self.volume.snapshot_names()}
-        return Moment(views, base, survey.in_use & ~survey.store_data, survey.files)
+        return Moment(views, base, survey.in_use & ~survey.store_data, survey.files, settings_of(self.volume))
 
     def view(self, volume: Volume, name: str) -> bytes:
         return volume.open_view(name).pread(0, volume.size)
@@ -349,7 +362,7 @@ class Recorded:
         base = volume.read(0, volume.size)
         survey = lab.survey(base)
         views = {name: self.view(volume, name) for name in volume.snapshot_names()}
-        after = Moment(views, base, survey.in_use & ~survey.store_data, survey.files)
+        after = Moment(views, base, survey.in_use & ~survey.store_data, survey.files, settings_of(volume))
         touched = metadata_touched(device.log, step.before, after)
         return replace(step, last=step.first + len(device.log), after=after, touched=touched)
 
@@ -360,6 +373,8 @@ class Recorded:
         return volume
 
     def _judge(self, content: bytes, step: Step, point: int, nested: random.Random | None, variants: int) -> None:
+        if point == step.last and content[1024 + RECOVER_BYTE] & RECOVER_BIT:
+            assert content[1024 + MARK_BYTE] & MARK_BIT, "a command has ended, and stock tools may replay the journal"
         device = RecordingDevice(MemoryDevice(content)) if nested else MemoryDevice(content)
         found = self._recovered(device, content, step, lambda base: self._require_flushed(base, step, point))
         if nested is not None:
@@ -381,8 +396,9 @@ class Recorded:
             assert not complaint, f"there is no dirty mark, and {complaint}"
         volume = self.opened(device)
         if volume.outside_write:
-            assert step.name == "accept", "it looks as if it had been written outside extsnap"
+            assert step.name.startswith("accept"), "it looks as if it had been written outside extsnap"
             volume.verb("accept")
+            assert settings_of(volume) == step.after.settings, "what was accepted is not tainted"
         base = volume.read(0, volume.size)
         names = sorted(volume.snapshot_names())
         assert names in (step.before.names, step.after.names), f"there are snapshots {names}"
@@ -394,13 +410,14 @@ class Recorded:
             told_apart = step.before.names != step.after.names
             self._require_base(base, [moment] if told_apart else [step.before, step.after], step.touched)
         if volume.needs_replay:
-            self._replay(volume, base)
+            self.replay(volume, base)
             self._require_views(volume, step)
             base = volume.read(0, volume.size)
         assert not volume.outside_write, "it looks as if it had been written outside extsnap"
         assert not volume.medium.state.mark, "the mark is still on"
-        wanted = {bool(names)} if not step.name.startswith("guard") else {bool(names), False}
-        assert volume.medium.state.guard in wanted, "the guard is not as it should be"
+        assert volume.medium.state.guard == (bool(names) and volume.guard_wanted), "the guard is not as it should be"
+        settings = settings_of(volume)
+        assert settings in (step.before.settings, step.after.settings), f"settings are {settings}"
         checked = volume.verb("check")
         assert checked["store"]["ok"], checked["store"]["errors"]
         assert not any(entry["errors"] for entry in checked["snapshots"]), checked["snapshots"]
@@ -408,15 +425,18 @@ class Recorded:
         complaint = self.fsck.complaint(at_rest, digest(base))
         assert not complaint, f"after recovery {complaint}"
         self._volume = volume
-        return Moment(views, base, moment.in_use, moment.files)
+        return Moment(views, base, moment.in_use, moment.files, settings)
 
-    def _replay(self, volume: Volume, base: bytes) -> None:
-        """What `extsnap` does with e2fsck on the served volume."""
+    def replay(self, volume: Volume, base: bytes) -> None:
+        """What `extsnap` does with e2fsck on the served volume, in its order: home first, then the journal ends."""
         volume.begin_serving(grow=False)
         new = repaired(base)
-        for offset, length in lab.changed_runs(base, new):
-            volume.write(offset, new[offset : offset + length])
-        volume.flush()
+        changed = list(np.flatnonzero(lab.unequal(base, new)).tolist())
+        ends = {1} | {block for block in changed if new[block * BLOCK : block * BLOCK + 4] == JOURNAL_MAGIC}
+        for part in ([block for block in changed if block not in ends], [block for block in changed if block in ends]):
+            for first, count in lab.runs(np.array(part, np.int64)):
+                volume.write(first * BLOCK, new[first * BLOCK : (first + count) * BLOCK])
+            volume.flush()
         assert volume.end_serving(), "the filesystem still needs recovery after e2fsck"
 
     def _require_views(self, volume: Volume, step: Step) -> dict[str, bytes]:
@@ -494,7 +514,7 @@ class Recorded:
                 wrong = np.flatnonzero(lab.unequal(self.view(volume, name), expected[name]))
                 assert not len(wrong), f"snapshot {name} differs in blocks {wrong[:10].tolist()}"
             if volume.needs_replay:
-                self._replay(volume, volume.read(0, volume.size))
+                self.replay(volume, volume.read(0, volume.size))
             for name in names:
                 assert self.view(volume, name) == expected[name], f"snapshot {name} differs after the replay"
             assert not volume.medium.state.mark, "the mark is still on"

@@ -96,7 +96,7 @@ class Report:
         self._part_failures += 1
         if self._stream is not None:
             print(f"{self.name}: FAILED {token}: {reason}", file=self._stream, flush=True)
-        if self._part_failures >= MOST_FAILURES:
+        if self._part_failures >= (1 if os.environ.get("EXTSNAP_MUTANT") else MOST_FAILURES):  # tools/mutants needs one
             raise TooManyFailures
 
     @contextlib.contextmanager
