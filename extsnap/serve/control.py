@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ import platformdirs
 
 from extsnap import errors
 from extsnap.errors import ExtsnapError, ImageNotFound, ServerError, VolumeBusy
-from extsnap.serve import mounting
+from extsnap.serve import clearing, mounting
 
 MAX_REQUEST = 1 << 20
 MAX_ANSWER = 1 << 30
 _RUNTIME_VARIABLE = "EXTSNAP_RUNTIME_DIR"
+_LOG_SECONDS = 7 * 24 * 3600  # how long the log of a server that is gone is kept
 
 # Classes that may come out of a socket: those of our hierarchy, by name.
 _CLASSES = {
@@ -185,14 +187,147 @@ def log_path(key: ImageKey) -> Path:
     return runtime_directory() / f"{key}.log"
 
 
-def clean_up_after(record: Record) -> None:
-    """Take away the mount and the private directory of a server that is gone."""
+def is_named(path: Path, key: ImageKey) -> bool:
+    """Whether a record is of a server of this volume, that lives or not."""
+    return path.name.split(".")[0] == str(key)
+
+
+def records() -> list[tuple[Path, Record]]:
+    """What servers have left, those that live and those that are gone."""
+    found = []
+    for directory in _candidates():
+        for path in sorted(directory.glob("*.json")) if _is_ours(directory) else ():
+            record = Record.load(path)
+            if record is not None:
+                found.append((path, record))
+    return found
+
+
+def clean_up_after(record: Record) -> bool:
+    """Take away the mount and the private directory of a server that is gone, if nothing stands on it.
+
+    Returns False if something does: only as long as the directory is there can it be seen what, and
+    ``detach --force`` take it off.
+    """
     found = mounting.fuse_mount_at(record.directory)
     if found is not None and found.source == record.image:
+        if clearing.above(found):
+            return False
         mounting.fuse_abort(record.directory)
     if record.private:
         with contextlib.suppress(OSError):
             os.rmdir(record.directory)
+    return True
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep others from putting servers into a runtime directory or taking them out; a lock that dies with its owner."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuses(path: Path) -> bool:
+    """Whether nobody listens at a socket any more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        try:
+            connection.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def _bury(path: Path) -> None:
+    """Take away what a server left that had this socket, unless it lives.
+
+    The record stays, under a name of its own, if something still stands on what was served.
+    """
+    with alone(path.parent):
+        if not _refuses(path):  # meanwhile somebody else cleaned up and a new one serves
+            return
+        left = path.with_suffix(".json")
+        set_aside(left)
+        left.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Keep the record of a server that is gone beside that of its successor, if it is still needed."""
+    record = Record.load(path)
+    if record is not None and not clean_up_after(record):
+        path.rename(path.with_suffix(f".{record.pid}.json"))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def sweep() -> None:
+    """Remove what servers and clients left in the runtime directory that were killed, and old logs.
+
+    What is in use has a process, a lock or a mount, and stays.
+    """
+    with contextlib.suppress(OSError, ExtsnapError):
+        directory = runtime_directory()
+        for path in sorted(directory.iterdir()):
+            with contextlib.suppress(OSError):
+                _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    if path.name.startswith("serve-"):
+        _sweep_private(path)
+    elif path.suffix == ".sock":
+        if _refuses(path):
+            _bury(path)
+    elif path.suffix == ".json":
+        with alone(path.parent):  # between a record and its socket there is a moment
+            record = Record.load(path)
+            dead = record is None or not _lives(record.pid)
+            if not path.with_suffix(".sock").exists() and dead and (record is None or clean_up_after(record)):
+                path.unlink()
+    elif path.suffix in (".log", ".old"):
+        if time.time() - path.stat().st_mtime > _LOG_SECONDS and _is_free(path):
+            path.unlink()
+    elif path.suffix[1:].isdigit() and not _lives(int(path.suffix[1:])):  # of a record or socket in the making
+        path.unlink()
+
+
+def _sweep_private(path: Path) -> None:
+    """A private directory that is neither mounted nor held by the client that made it."""
+    with alone(path.parent):  # between making it and holding it there is a moment
+        if not any(mount.point == os.fspath(path) for mount in mounting.mounts()) and _is_free(path):
+            path.rmdir()
+
+
+def hold(path: str | Path) -> int:
+    """Return a descriptor that keeps a file or directory from being swept away while it is open."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _is_free(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 # ---- errors on the wire
@@ -325,7 +460,8 @@ def patiently(action: Callable[[], dict[str, Any]], patience: float) -> dict[str
 def connect(key: ImageKey) -> tuple[ControlClient, dict[str, Any]] | None:
     """Return a connection to the server of this image and its greeting, or None if it is not served.
 
-    What a killed server left behind (socket, mount, private directory) is cleaned up on the way.
+    What a killed server left behind (socket, mount, private directory) is cleaned up on the way, but for a directory
+    on which something stands.
     """
     for directory in _candidates():
         path = directory / f"{key}.sock"
@@ -340,11 +476,8 @@ def connect(key: ImageKey) -> tuple[ControlClient, dict[str, Any]] | None:
             return client, client.call("server.hello")
         except ConnectionRefusedError:
             connection.close()
-            record = Record.load(path.with_suffix(".json"))
-            if record is not None:
-                clean_up_after(record)
-            for stale in (path, path.with_suffix(".json")):
-                stale.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                _bury(path)
         except (FileNotFoundError, ServerGone):  # it is ending: as good as not served
             connection.close()
         except BaseException:

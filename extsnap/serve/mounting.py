@@ -38,6 +38,8 @@ class Mount:
     point: str
     fstype: str
     source: str
+    number: int = 0  # the kernel's id of it, and that of the mount it stands on
+    parent: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def mounts() -> list[Mount]:
         if len(fields) < 5 or len(kind) < 2:
             continue
         point, source = (os.fsdecode(_unescape(text).encode("latin-1")) for text in (fields[4], kind[1]))
-        found.append(Mount(fields[2], point, kind[0], source))
+        found.append(Mount(fields[2], point, kind[0], source, int(fields[0]), int(fields[1])))
     return found
 
 
@@ -90,13 +92,14 @@ def loops() -> list[Loop]:
     return found
 
 
-def _under(path: str, directory: str) -> bool:
+def under(path: str, directory: str) -> bool:
+    """Whether a path is a directory or something in it."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def loops_over(path: str) -> list[Loop]:
     """Loop devices backed by ``path`` or by a file below it."""
-    return [loop for loop in loops() if _under(loop.backing.removesuffix(" (deleted)"), path)]
+    return [loop for loop in loops() if under(loop.backing.removesuffix(" (deleted)"), path)]
 
 
 def mounts_over(path: str) -> list[Mount]:
@@ -106,7 +109,7 @@ def mounts_over(path: str) -> list[Mount]:
     return [
         mount
         for mount in all_mounts
-        if mount.device in devices or (mount.fstype != FSTYPE and mount.source and _under(mount.source, path))
+        if mount.device in devices or (mount.fstype != FSTYPE and mount.source and under(mount.source, path))
     ]
 
 
@@ -126,7 +129,7 @@ def processes_using(path: str) -> list[tuple[int, str]]:
                 target = os.readlink(link)
             except OSError:
                 continue
-            if _under(target, path):
+            if under(target, path):
                 try:
                     name = Path(f"/proc/{entry}/comm").read_text().strip()
                 except OSError:
@@ -144,7 +147,7 @@ def users_of(path: str) -> list[str]:
         points = [mount.point for mount in all_mounts if mount.device == loop.device]
         found.append(f"mounted at {', '.join(points)} ({loop.path})" if points else loop.path)
     for mount in all_mounts:
-        if mount.fstype != FSTYPE and mount.source and _under(mount.source, path):
+        if mount.fstype != FSTYPE and mount.source and under(mount.source, path):
             found.append(f"mounted at {mount.point} ({mount.fstype})")
     found += [f"{name} (pid {pid})" for pid, name in processes_using(path)]
     return found
@@ -237,11 +240,15 @@ def fuse_unmount_command(directory: str, *, lazy: bool = False) -> list[str]:
     return [tools.find("fusermount3"), "-u", *(["-z"] if lazy else []), directory]
 
 
-def fuse_abort(directory: str) -> None:
-    """Take a FUSE directory away at once, whoever uses it: lazily, without waiting for its server."""
+def fuse_abort(directory: str, *, force: bool = True) -> None:
+    """Take a FUSE directory away at once, whoever uses it: lazily, without waiting for its server.
+
+    ``force``: what waits for the server gets errors now.
+    """
     path = os.fsencode(directory)
     if os.geteuid() == 0:
-        _libc.umount2(path, _MNT_FORCE)
+        if force:
+            _libc.umount2(path, _MNT_FORCE)
         _libc.umount2(path, _MNT_DETACH)
         return
     try:
@@ -312,8 +319,10 @@ def _read_and_write_directly(directory: str) -> None:
         tools.run("losetup", "--direct-io=on", mount.source, ok=None)
 
 
-def unmount(directory: str) -> None:
+def unmount(directory: str, *, lazy: bool = False) -> None:
     """Unmount what is on top at ``directory`` (a kernel filesystem or fuse2fs).
+
+    ``lazy``: from there now, altogether when nobody uses it any more.
 
     Raises:
         VolumeBusy: Somebody uses it; names the processes.
@@ -321,9 +330,9 @@ def unmount(directory: str) -> None:
     """
     found = mount_at(directory)
     if os.geteuid() != 0 and found is not None and found.fstype.startswith("fuse"):
-        done = tools.run("fusermount3", "-u", "--", directory, ok=None)
+        done = tools.run("fusermount3", "-u", *(["-z"] if lazy else []), "--", directory, ok=None)
     else:
-        done = tools.run("umount", "--", directory, ok=None)
+        done = tools.run("umount", *(["--lazy"] if lazy else []), "--", directory, ok=None)
     if done.returncode == 0:
         return
     if "busy" in done.stderr:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import mmap
@@ -111,6 +112,7 @@ class Server:
         self._fuse_fd = -1
         self._listener: socket.socket | None = None
         self._socket_path: Path | None = None
+        self._record_path: Path | None = None
         self._begun = False
         self._recovering = False
         self._ending_soon = config.auto_end
@@ -172,7 +174,7 @@ class Server:
                 self._recovering = self._volume.needs_replay
                 if self._recovering or not self.config.lazy:
                     self._begin()
-                self._register()
+            self._register()
             self._catch_signals()
         except BaseException:
             self._finish()
@@ -189,10 +191,17 @@ class Server:
 
     def _register(self) -> None:
         config = self.config
-        self._socket_path = control.socket_path(control.image_key(config.image, config.offset))
         record = control.Record(os.getpid(), config.directory, config.image, config.private, config.offset)
-        record.save(self._socket_path.with_suffix(".json"))
-        self._listener = control.listen(self._socket_path)
+        path = control.socket_path(control.image_key(config.image, config.offset))
+        if not config.writable:  # others may serve it too: none is asked, but all are cleaned up after
+            self._record_path = path.with_suffix(f".{os.getpid()}.json")
+            record.save(self._record_path)
+            return
+        self._socket_path, self._record_path = path, path.with_suffix(".json")
+        with control.alone(path.parent):
+            control.set_aside(self._record_path)
+            record.save(self._record_path)
+            self._listener = control.listen(path)
         self._poll.register(self._listener, select.POLLIN)
 
     def _begin(self) -> None:
@@ -415,14 +424,17 @@ class Server:
         last = f" (last request from pid {self._files.last_pid})" if self._files.last_pid else ""
         return control.StillClosing(f"{what}; {name} is still open{last}", hint=hint)
 
+    def _or_force(self, hint: str) -> str:
+        return f"{hint}, or run extsnap detach --force {self.config.directory}"
+
     def _detach(self, client: control.Connection, force: bool) -> None:
         assert self._files is not None
         if self._files.total_opens and not force:
-            raise self._busy("", f"{self.config.image} is served", "unmount or close it first, or use --force")
+            raise self._busy("", f"{self.config.image} is served", self._or_force("unmount or close it first"))
         self._waiting.append((client, "", float("inf")))
         if not self._end(force=force):
             self._waiting = [item for item in self._waiting if item[0] is not client]
-            raise self._busy("", f"{self.config.image} is served", "leave the directory first, or use --force")
+            raise self._busy("", f"{self.config.image} is served", self._or_force("leave the directory first"))
 
     def _settle(self, client: control.Connection, file: str, seconds: float) -> None:
         """Answered when ``file`` is closed and durable, and, if this server ends with it, when it has ended."""
@@ -579,8 +591,11 @@ class Server:
         if self._socket_path is not None:
             with contextlib.suppress(OSError):
                 self._socket_path.unlink(missing_ok=True)
-                self._socket_path.with_suffix(".json").unlink(missing_ok=True)
             self._socket_path = None
+        if self._record_path is not None:
+            with contextlib.suppress(OSError):
+                self._record_path.unlink(missing_ok=True)
+            self._record_path = None
 
     def _release_signals(self) -> None:
         if self._signals_read < 0:
@@ -617,6 +632,7 @@ def spawn(config: ServerConfig) -> tuple[control.ControlClient, dict[str, Any]]:
     Raises:
         ExtsnapError, OSError: What the server could not start for.
     """
+    control.sweep()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     log = control.log_path(control.image_key(config.image, config.offset))
     if not config.writable:
@@ -661,6 +677,7 @@ def daemon_main(settings: dict[str, Any]) -> None:
         if log.exists():
             log.replace(log.with_suffix(".log.old"))
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_SH)  # as long as this process lives, the log is not swept away
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for source, target in ((null, 0), (fd, 1), (fd, 2)):
             os.dup2(source, target)

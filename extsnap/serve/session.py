@@ -11,7 +11,6 @@ with its last user.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 
 from extsnap.errors import (
     ExtsnapError,
+    ImageNotFound,
     ImageReadOnly,
     NeedsRecovery,
     ServerError,
@@ -33,7 +33,7 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import control, moment, mounting, tools
+from extsnap.serve import clearing, control, moment, mounting, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
 from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
@@ -186,13 +186,17 @@ class _Private:
     """A server of our own in a private directory, and the keeper that holds it."""
 
     def __init__(self, place: Place, **options: Any) -> None:
-        self.directory = tempfile.mkdtemp(prefix="serve-", dir=control.runtime_directory())
+        with control.alone(control.runtime_directory()):
+            self.directory = tempfile.mkdtemp(prefix="serve-", dir=control.runtime_directory())
+            held = control.hold(self.directory)  # until the server has mounted over it
         try:
             self.keeper, self.hello = spawn(_config(place, self.directory, private=True, auto_end=True, **options))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.rmdir(self.directory)
             raise
+        finally:
+            os.close(held)
         self._pidfd = _pidfd(self.hello["pid"])
 
     def file(self, name: str = "volume") -> str:
@@ -340,65 +344,130 @@ def attach(image: str, directory: str, *, foreground: bool = False, partition: i
                     os.close(pidfd)
 
 
-def _served_key(image_or_directory: str, partition: int | None) -> control.ImageKey:
-    """The key of a volume by its image, or by where it is served."""
-    found = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
-    if found is not None:
-        return control.key_of_directory(found.point, found.source)
-    if os.path.isdir(image_or_directory):  # nothing is served there
-        return control.image_key(image_or_directory)
-    return _key(_place(image_or_directory, partition))
+def _directory_at(path: str) -> mounting.Mount | None:
+    """The served directory at a path, or the one that the mount at that path stands on."""
+    found = mounting.mount_at(path)
+    if found is None or found.fstype == mounting.FSTYPE:
+        return found
+    backing = next((loop.backing for loop in mounting.loops() if loop.device == found.device), found.source)
+    return _directory_of(backing)
+
+
+def _directory_of(file: str) -> mounting.Mount | None:
+    """The served directory that a file is in, by its path alone."""
+    return next(
+        (
+            mount
+            for mount in reversed(mounting.mounts())
+            if mount.fstype == mounting.FSTYPE and file.startswith(mount.point.rstrip("/") + "/")
+        ),
+        None,
+    )
+
+
+def _dead_directories(path: str, key: control.ImageKey | None) -> list[mounting.Mount]:
+    """Where an image was served by servers that are gone; the image itself may be gone as well, or be elsewhere."""
+    records = control.records()
+    recorded = {record.directory for named, record in records if key is not None and control.is_named(named, key)}
+    others = {record.directory for named, record in records if key is not None and not control.is_named(named, key)}
+    return [
+        mount
+        for mount in mounting.mounts()
+        if mount.fstype == mounting.FSTYPE
+        and (mount.point in recorded or (mount.source == path and mount.point not in others))
+        and clearing.is_dead(mount.point)
+    ]
 
 
 def detach(image_or_directory: str, *, force: bool = False, partition: int | None = None) -> bool:
     """Stop serving; returns once everything is durable, with whether the volume was left clean.
 
+    What a server left behind that was killed goes too: its directory if nothing stands on it, with ``force`` also
+    what does, and then what was asked for is done and the answer is True.
+
     Args:
-        image_or_directory: Either.
-        force: Also if files are open: their users get errors.
+        image_or_directory: The image, where it is served, or where a filesystem is mounted from there.
+        force: Also if it is in use: mounts and loop devices are taken off, users of open files get errors.
         partition: Number of the partition of an image; None and 0 as `locate` takes them.
 
     Raises:
         VolumeBusy: Somebody has a file open; names the mounts and processes.
         ServerError: Nothing is served there.
     """
-    dead = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
-    try:
-        served = control.connect(_served_key(image_or_directory, partition))
-    except FileNotFoundError:
-        if dead is None:
-            raise
-        served = None  # the image itself was deleted under a server that is gone
-    if served is None:
-        found = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
-        if dead is None:
-            raise ServerError(f"{image_or_directory} is not served", hint="extsnap attach serves it")
-        if found is not None and _is_dead(found.point):
-            mounting.fuse_abort(found.point)
-        elif found is not None:  # a server without a socket: it ends when it is unmounted
-            mounting.unmount(found.point)
-            return True
-        return False
-    client, hello = served
+    path = os.path.realpath(image_or_directory)
+    directory = _directory_at(path)
+    key: control.ImageKey | None = None
+    missing: ExtsnapError | None = None
+    if directory is None:
+        try:
+            # A directory with nothing served in it has a key as well, that nobody serves.
+            is_directory = os.path.isdir(path)
+            key = control.image_key(path) if is_directory else _key(_place(image_or_directory, partition))
+        except ImageNotFound as error:
+            missing = error
+        dead = _dead_directories(path, key)
+    elif clearing.is_dead(directory.point):
+        dead = [directory]
+    else:
+        dead = []
+        key = control.key_of_directory(directory.point, directory.source)
+    for gone in dead:
+        _clear(gone, image_or_directory, force)
+    served = control.connect(key) if key is not None else None
+    if served is not None:
+        return _end(*served, force)
+    if dead:
+        return force
+    if directory is not None:  # a server without a socket: it ends when it is unmounted
+        if force:
+            clearing.take_off(directory, tools.notice)
+        mounting.unmount(directory.point, lazy=force)
+        return True
+    if missing is not None:
+        raise missing
+    raise ServerError(f"{image_or_directory} is not served", hint="extsnap attach serves it")
+
+
+def _clear(directory: mounting.Mount, named: str, force: bool) -> None:
+    """Take away a directory whose server is gone.
+
+    Raises:
+        VolumeBusy: Something stands on it, and this was not forced.
+    """
+    if force:
+        clearing.clear(directory, tools.notice)
+        tools.notice(f"{directory.source} may need recovery: the next extsnap command that writes does it")
+    elif standing := clearing.above(directory):
+        raise VolumeBusy(
+            f"the server of {directory.source} is gone, and {directory.point} is still in use: {standing}",
+            hint=f"extsnap detach --force {named} takes it all away",
+        )
+    else:
+        clearing.remove(directory)
+    control.sweep()
+
+
+def _end(client: ControlClient, hello: dict[str, Any], force: bool) -> bool:
+    """End a server that lives; returns whether the volume was left clean."""
+    key = control.key_of_directory(hello["directory"], hello["image"])
     pidfd = _pidfd(hello["pid"])
     try:
         with client:
-            result = client.call("server.detach", force=force)
+            directory = mounting.fuse_mount_at(hello["directory"]) if force else None
+            if directory is not None:
+                clearing.take_off(directory, tools.notice)
+            try:
+                result = client.call("server.detach", force=force)
+            except control.ServerGone:
+                if not hello["auto_end"]:
+                    raise
+                result = {"clean": not _complaint(key)}  # it ended with its last mount
         _wait_gone(pidfd, _CLOSE_PATIENCE)
         _pass_on(result)
         return bool(result.get("clean", True))
     finally:
         if pidfd is not None:
             os.close(pidfd)
-
-
-def _is_dead(directory: str) -> bool:
-    """Whether the server of a FUSE directory is gone (asking one that lives is harmless)."""
-    try:
-        os.stat(directory)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
 
 
 # ---- mount and umount
@@ -470,14 +539,7 @@ def umount(directory: str) -> None:
     if found.fstype == mounting.FSTYPE:
         raise ServerError(f"{directory} is where {found.source} is served", hint=f"run extsnap detach {directory}")
     backing = next((loop.backing for loop in mounting.loops() if loop.device == found.device), found.source)
-    fuse = next(
-        (
-            mount
-            for mount in reversed(mounting.mounts())
-            if mount.fstype == mounting.FSTYPE and backing.startswith(mount.point.rstrip("/") + "/")
-        ),
-        None,
-    )
+    fuse = _directory_of(backing)
     if fuse is None:
         raise ServerError(f"{directory} was not mounted by extsnap", hint=f"run umount {directory}")
     try:
@@ -487,12 +549,17 @@ def umount(directory: str) -> None:
         key, served = None, None
     if served is None:
         # A read-only server has no socket, and a dead one nothing to wait for.
-        dead = _is_dead(fuse.point)
-        mounting.unmount(path)
+        dead = clearing.is_dead(fuse.point)
+        try:
+            mounting.unmount(path)
+        except VolumeBusy as busy:
+            if not dead:
+                raise
+            hint = f"the server of {fuse.source} is gone: close it, or run extsnap detach --force {directory}"
+            raise VolumeBusy(busy.message, hint=hint) from busy
         if dead:
-            mounting.fuse_abort(fuse.point)
-            with contextlib.suppress(OSError):
-                os.rmdir(fuse.point)
+            clearing.remove_if_free(fuse)
+            control.sweep()
             raise ServerError(
                 f"the server of {fuse.source} had ended before the unmount",
                 hint="the next extsnap command that writes recovers the volume",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from extsnap.blockdev.overlay import Overlay
@@ -35,18 +37,48 @@ def export(volume: Volume, name: str, out: str, *, force: bool = False) -> int:
         raise ExtsnapError(f"{out} is not a regular file", hint="name a file to write to")
     if exists and os.path.samefile(out, volume.path):
         raise ExtsnapError(f"{out} is the image itself", hint="name another file to write to")
-    partial = f"{out}.{os.getpid()}.partial"
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with open(descriptor, "wb", buffering=0) as file:
-            write_image(volume, entry.name, file.fileno())
-            os.fsync(file.fileno())
-        os.replace(partial, out)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
+    with _new_file(out, force) as descriptor:
+        write_image(volume, entry.name, descriptor)
+        os.fsync(descriptor)
     return entry.volume_bytes
+
+
+@contextlib.contextmanager
+def _new_file(out: str, replace: bool) -> Iterator[int]:
+    """Yield the descriptor of a new file, which gets its name at the end, unless an error comes before.
+
+    Where the filesystem has files without a name, nothing stays of one whose writer is killed.
+    """
+    directory = os.path.dirname(out) or "."
+    partial = f"{out}.{os.getpid()}.partial"
+    try:
+        descriptor = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+        named = False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        named = True
+    try:
+        yield descriptor
+        if not named and not (replace and os.path.lexists(out)):
+            _link(descriptor, out)
+            return
+        if not named:  # a link replaces nothing
+            _link(descriptor, partial)
+            named = True
+        os.replace(partial, out)
+        named = False
+    finally:
+        os.close(descriptor)
+        if named:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+
+
+def _link(descriptor: int, name: str) -> None:
+    # A descriptor for the directory makes Python call linkat(2), which alone follows the link in /proc.
+    os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=descriptor, follow_symlinks=True)
 
 
 def write_image(volume: Volume, name: str, descriptor: int) -> None:
