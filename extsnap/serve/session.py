@@ -36,7 +36,7 @@ from extsnap.ext.locate import Place, locate
 from extsnap.serve import clearing, control, moment, mounting, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
-from extsnap.serve.server import Server, ServerConfig, spawn
+from extsnap.serve.server import ENDED_BADLY, Server, ServerConfig, spawn
 
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
@@ -582,14 +582,14 @@ def umount(directory: str) -> None:
 
 
 def _complaint(key: control.ImageKey | None) -> str:
-    """The last line of a server's log as the end of a sentence; empty if it logged nothing (it removes its log)."""
+    """Why a server left its volume not clean, as the end of a sentence; empty if it did not."""
     if key is None:
         return ""
     try:
         lines = control.log_path(key).read_text(errors="replace").strip().splitlines()
     except (OSError, ExtsnapError):
         return ""
-    return f": {lines[-1]}" if lines else ""
+    return f": {lines[-1]}" if lines and ENDED_BADLY in lines[-1] else ""
 
 
 # ---- run
