@@ -10,7 +10,7 @@ How a server ends:
   directory is open any more.  The *keeper*, a socket whose other end only the starter holds, tells
   when that is, also if the starter is killed.
 * A signal while files are open is remembered and obeyed when the last one closes; a second one ends
-  the server at once.
+  the server at once.  What is mounted from its files then gets errors, as if it had been killed.
 
 The end: flush, unmount, ``end_serving``, remove the socket, close.  The image stays locked until the last
 of these, and whoever waits is answered after it.
@@ -39,7 +39,7 @@ from types import FrameType
 from typing import Any
 
 from extsnap.errors import ExtsnapError, ServerError, ToolError, VolumeBusy
-from extsnap.serve import control, mounting
+from extsnap.serve import clearing, control, mounting
 from extsnap.serve.contract import EngineVolume, load_factory
 from extsnap.serve.disk import Disk
 from extsnap.serve.fuse import FuseFiles, Unmounted
@@ -300,7 +300,10 @@ class Server:
             name = signal.Signals(number).name
             if self._signal_seen and self._files.total_opens:
                 self.log(f"{name} again: ending although files are open")
-                self._end(force=True)
+                with contextlib.suppress(Exception):
+                    assert self._volume is not None
+                    self._volume.flush()
+                self._finish()
                 return
             self._signal_seen = self._ending_soon = True
             if self._keeper is not None:
@@ -541,10 +544,9 @@ class Server:
             with contextlib.suppress(Exception):
                 self._files.close()
         if self._fuse_fd >= 0:
-            os.close(self._fuse_fd)
+            os.close(self._fuse_fd)  # from here on every request gets an error
             self._fuse_fd = -1
-            if mounting.fuse_mount_at(self.config.directory) is not None:
-                mounting.fuse_abort(self.config.directory)
+            self._leave_directory()
         if self._disk is not None:
             with contextlib.suppress(Exception):
                 self._disk.close()
@@ -583,6 +585,19 @@ class Server:
         for client in list(self._clients.values()):
             self._drop(client)
         self._release_signals()
+
+    def _leave_directory(self) -> None:
+        """Unmount the directory, unless something stands on it: then it stays, dead, for ``detach --force``."""
+        found = mounting.fuse_mount_at(self.config.directory)
+        if found is not None and clearing.above(found):
+            self.log(f"{self.config.directory} is still in use: extsnap detach --force takes it away")
+            if self._record_path is not None and self.config.writable:
+                aside = self._record_path.with_suffix(f".{os.getpid()}.json")
+                with contextlib.suppress(OSError):
+                    self._record_path.rename(aside)
+            self._record_path = None
+        elif found is not None:
+            mounting.fuse_abort(self.config.directory)
 
     def _unregister(self) -> None:
         if self._listener is not None:
