@@ -29,6 +29,7 @@ from typing import Any
 from extsnap.arrays import expand
 from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.blockdev.deferred import Deferred
+from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free
 from extsnap.errors import (
@@ -160,7 +161,7 @@ class Volume:
         self.writable = writable
         self.random_bytes = random_bytes
         self._clock = clock
-        self._device = device
+        self._device = Durable(device)
         self.medium = Medium(device)
         self.store: Store | None = None
         self.engine: Engine | None = None
@@ -1094,9 +1095,7 @@ class Volume:
         if self._deferred is not None:
             self._deferred.close()
             self._deferred = self._repair = None
-        close = getattr(self._device, "close", None)
-        if close is not None:
-            close()
+        self._device.close()
 
     def __enter__(self) -> Volume:
         return self

@@ -207,7 +207,7 @@ def metadata_touched(log: list[Operation], before: Moment, after: Moment) -> Fla
 
 def put_below(volume: Volume, device: CloningDevice) -> None:
     """Exchange the device below an open volume for one with the same content."""
-    volume._device = volume.medium.device = volume.require_store().device = device
+    volume._device.below = device
 
 
 class Recorded:

@@ -19,7 +19,7 @@ def volume() -> Volume:
 
 
 def device(volume: Volume) -> lab.MemoryDevice:
-    found = volume._device
+    found = volume._device.below
     assert isinstance(found, lab.MemoryDevice)
     return found
 

@@ -1,0 +1,106 @@
+"""A device whose flush means what it says after one that failed.
+
+Where the host could not write something back, Linux tells it once, at the flush, and then calls the pages clean: they
+are still read from the cache, a later flush succeeds, and the medium never gets them.  So after a flush that failed,
+the next one writes again what was written since the last good one, and only then asks the host.
+
+What a process that ended after a failed flush left in the cache is out of reach: nobody knows what it had written.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from extsnap.blockdev.base import Buffer, CloningDevice
+
+#: What is written again is remembered in pieces of this size.
+PIECE_BYTES = 64 << 10
+_BITS = PIECE_BYTES.bit_length() - 1
+
+
+class Durable:
+    """Passes everything on to the device below; see the module.
+
+    Attributes:
+        below: That device.
+    """
+
+    def __init__(self, device: CloningDevice) -> None:
+        self.below = device
+        self._written: set[int] = set()
+        self._failed = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the device below."""
+        return self.below.size
+
+    @property
+    def clone_least(self) -> int:
+        """As the device below."""
+        return self.below.clone_least
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read from the device below."""
+        return self.below.pread(offset, length)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read from the device below."""
+        self.below.readinto(offset, buffer)
+
+    def _touch(self, offset: int, length: int) -> None:
+        first, last = offset >> _BITS, (offset + length - 1) >> _BITS
+        if first == last:
+            self._written.add(first)
+        else:
+            self._written.update(range(first, last + 1))
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write to the device below."""
+        self._touch(offset, len(data))
+        self.below.pwrite(offset, data)
+
+    def punch(self, offset: int, length: int) -> None:
+        """Punch the device below."""
+        self._touch(offset, length)
+        self.below.punch(offset, length)
+
+    def clone(self, source: int, target: int, length: int) -> bool:
+        """Clone on the device below."""
+        self._touch(target, length)
+        return self.below.clone(source, target, length)
+
+    def resize(self, size: int) -> None:
+        """Make the image below ``size`` bytes long.
+
+        Raises:
+            OSError: ENOSPC: its size is fixed; or what the host says.
+        """
+        resize = getattr(self.below, "resize", None)
+        if resize is None:
+            raise OSError(errno.ENOSPC, "the size of this device is fixed")
+        resize(size)
+        self._written = {piece for piece in self._written if piece << _BITS < size}
+
+    def flush(self) -> None:
+        """Barrier; after one that failed, what was written since the last good one is written again first.
+
+        Raises:
+            OSError: It could not be made durable; whoever asks again has it tried again.
+        """
+        if self._failed:
+            for piece in sorted(self._written):
+                offset = piece << _BITS
+                length = min(PIECE_BYTES, self.size - offset)
+                if length > 0:
+                    self.below.pwrite(offset, self.below.pread(offset, length))
+        self._failed = True
+        self.below.flush()
+        self._failed = False
+        self._written.clear()
+
+    def close(self) -> None:
+        """Close the device below, if it can be closed."""
+        close = getattr(self.below, "close", None)
+        if close is not None:
+            close()
