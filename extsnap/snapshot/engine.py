@@ -348,9 +348,7 @@ class Engine:
         self.commit()
         if cost <= self.room():
             return
-        exact = sum(
-            self._decide(self.need.positions(low, min(low + 8192, stop))) for low in range(start, stop, 8192)
-        )
+        exact = sum(self._decide(self.need.positions(low, min(low + 8192, stop))) for low in range(start, stop, 8192))
         if exact > max(0, self.room()):
             raise VolumeFull(
                 f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
