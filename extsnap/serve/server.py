@@ -221,6 +221,11 @@ class Server:
             "refusal": self._files.refusal if self._files is not None else "",
         }
 
+    @property
+    def has_volume(self) -> bool:
+        """Whether the volume could be opened, and so locked."""
+        return self._volume is not None
+
     def log(self, message: str) -> None:
         """One line into the log (standard error)."""
         self.logged = True
@@ -704,17 +709,30 @@ def spawn(config: ServerConfig) -> tuple[control.ControlClient, dict[str, Any]]:
         raise
 
 
+def _leave_log(log: Path, own: Path, server: Server | None) -> None:
+    """At the end: a log in which something stands is kept, but never in the place of another server's."""
+    is_worth_keeping = server is None or server.logged
+    if own == log:
+        is_ours = os.path.samestat(os.stat(log), os.fstat(2))  # another one may have the image by now
+        if is_ours and not is_worth_keeping:
+            log.unlink()
+    elif is_worth_keeping and (not log.exists() or (server is not None and server.has_volume)):
+        own.rename(log)
+    else:
+        own.unlink()
+
+
 def daemon_main(settings: dict[str, Any]) -> None:
     """The server process after its fork: log, serve, exit.  Never returns."""
     status = 1
     log = Path(settings["log"])
+    own = log.with_name(f".{log.name}.{os.getpid()}")
     keeper = control.Connection(socket.socket(fileno=settings["keeper"]), keeper=True)
     server: Server | None = None
     try:
         os.umask(0o077)
-        if log.exists():
-            log.replace(log.with_suffix(".log.old"))
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # The log's own name belongs to the one who has the image, which may be another server than this one.
+        fd = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for source, target in ((null, 0), (fd, 1), (fd, 2)):
             os.dup2(source, target)
@@ -730,6 +748,10 @@ def daemon_main(settings: dict[str, Any]) -> None:
             keeper.socket.setblocking(True)
             keeper.refuse(error)
             return
+        if log.exists():
+            log.replace(log.with_suffix(".log.old"))
+        own.rename(log)
+        own = log
         keeper.answer(greeting)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         server.serve()
@@ -742,7 +764,6 @@ def daemon_main(settings: dict[str, Any]) -> None:
             with contextlib.suppress(BaseException):
                 server._finish()
     finally:
-        if server is None or not server.logged:
-            with contextlib.suppress(OSError):
-                log.unlink()
+        with contextlib.suppress(OSError):
+            _leave_log(log, own, server)
         os._exit(status)
