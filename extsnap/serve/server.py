@@ -726,7 +726,7 @@ def daemon_main(settings: dict[str, Any]) -> None:
     """The server process after its fork: log, serve, exit.  Never returns."""
     status = 1
     log = Path(settings["log"])
-    own = log.with_name(f".{log.name}.{os.getpid()}")
+    own = log.with_name(f".{os.getpid()}.{log.name}")
     keeper = control.Connection(socket.socket(fileno=settings["keeper"]), keeper=True)
     server: Server | None = None
     try:
