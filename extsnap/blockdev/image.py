@@ -25,6 +25,7 @@ from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBus
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
 _CLONE_LEAST = 512 << 10  # bytes; shorter ones are slower than writing: docs/DECISIONS.md
+_LOCK_ATTEMPTS = 4
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")  # struct file_clone_range: src_fd, src_offset, src_length, dest_offset
 _BLKSSZGET, _BLKROGET = 0x1268, 0x125E
@@ -138,18 +139,22 @@ class ImageFile:
         whole = exclusive and not self.is_range
         kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
         wanted = _FLOCK.pack(kind, os.SEEK_SET, self.start, length, 0)
-        try:
-            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if whole else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, wanted)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # or it would be taken for the other one's
-            holder = lock_holder(self._descriptor, self.start, self.start + length if length else sys.maxsize)
-            who = f"process {holder}" if holder else "another process"
-            raise VolumeBusy(
-                f"{self.path} is in use by extsnap in {who}", hint="wait for it, or end it with extsnap detach"
-            ) from error
+        for attempts_left in reversed(range(_LOCK_ATTEMPTS)):
+            try:
+                fcntl.flock(self._descriptor, (fcntl.LOCK_EX if whole else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, wanted)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # or it would be taken for the other one's
+                holder = lock_holder(self._descriptor, self.start, self.start + length if length else sys.maxsize)
+                if holder is None and attempts_left:
+                    continue  # nobody has it any more
+                who = f"process {holder}" if holder else "another process"
+                raise VolumeBusy(
+                    f"{self.path} is in use by extsnap in {who}", hint="wait for it, or end it with extsnap detach"
+                ) from error
 
     @property
     def sector_size(self) -> int | None:

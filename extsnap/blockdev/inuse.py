@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from extsnap.blockdev.locks import lock_holder
+from extsnap.blockdev.locks import lock_holder, write_locks
 from extsnap.errors import VolumeBusy
 
 if TYPE_CHECKING:
@@ -415,6 +415,14 @@ class _Stack:
                 found.append(Holder(block.kind, block.path, *uses))
         return found, partitions
 
+    def above(self, span: Span) -> Iterator[Span]:
+        """These bytes, and as what they are seen on the devices that stand on them."""
+        yield span
+        for block in self.blocks:
+            for below in block.below:
+                if below.meets(span) and block.key != span.key:
+                    yield from self.above(block.seen_from_above(below, span))
+
     def below(self, span: Span) -> Iterator[tuple[Span, _Block]]:
         """What these bytes stand on themselves, down to the bottom, each with the device that stands on it."""
         block = self.block(span.key)
@@ -503,6 +511,30 @@ def require_free(image: ImageFile, *, serving: bool = False) -> None:
     found = holders(Span(image.key, image.start, end), serving=serving)
     if found:
         raise _refusal(image.path, found)
+
+
+def require_unwritten(image: ImageFile) -> None:
+    """Refuse to read an image that another extsnap writes through another device, which has a lock of its own.
+
+    Args:
+        image: The file, or range of it, locked against writers of that very file.
+
+    Raises:
+        VolumeBusy: Names who writes it.
+    """
+    writers = list(write_locks())
+    if not writers:
+        return
+    span = Span(image.key, image.start, image.start + image.size if image.is_range else sys.maxsize)
+    stack = _Stack(_blocks("/sys", by_name=False), [])
+    lowest = [span, *(lower for lower, _ in stack.below(span))]
+    same = [reached for lower in lowest for reached in stack.above(lower)]
+    for process, status, start, end in writers:
+        if any(Span(_key_of(status), start, end).meets(other) for other in same):
+            raise VolumeBusy(
+                f"{image.path} is in use by extsnap in process {process}",
+                hint="wait for it, or end it with extsnap detach",
+            )
 
 
 def busy(path: str, span: Span) -> VolumeBusy:

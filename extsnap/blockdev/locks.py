@@ -65,3 +65,35 @@ def _locks_of_descriptors(inode: str) -> Iterator[tuple[int, list[str]]]:
             except OSError:
                 continue
             yield from ((int(process), fields) for fields in lines if len(fields) > 7 and fields[5] == inode)
+
+
+def write_locks() -> Iterator[tuple[int, os.stat_result, int, int]]:
+    """(process, file, first byte, end) of every write lock on an open file description that we may see.
+
+    Files of FUSE mounts are left out: to ask for what they are waits for their server.
+    """
+    try:
+        with open("/proc/locks") as locks:
+            if not any(line.split()[1:4:2] == ["OFDLCK", "WRITE"] for line in locks):
+                return  # as nearly always: no need to look at every descriptor of every process
+        with open("/proc/self/mountinfo", errors="replace") as table:
+            asking = {line.split()[0] for line in table if line.partition(" - ")[2].startswith("fuse")}
+    except OSError:
+        return
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            descriptors = os.listdir(f"/proc/{process}/fdinfo")
+        except OSError:  # gone, or somebody else's
+            continue
+        for descriptor in descriptors:
+            try:
+                with open(f"/proc/{process}/fdinfo/{descriptor}") as file:
+                    lines = [line.split() for line in file]
+                held = [fields for fields in lines if fields[:1] == ["lock:"] and fields[2:5:2] == ["OFDLCK", "WRITE"]]
+                if not held or any(fields[0] == "mnt_id:" and fields[1] in asking for fields in lines):
+                    continue
+                status = os.stat(f"/proc/{process}/fd/{descriptor}")
+            except OSError:
+                continue
+            for fields in held:
+                yield int(process), status, int(fields[-2]), sys.maxsize if fields[-1] == "EOF" else int(fields[-1]) + 1

@@ -32,6 +32,7 @@ from typing import Any
 import platformdirs
 
 from extsnap import errors
+from extsnap.blockdev.locks import lock_holder
 from extsnap.errors import ExtsnapError, ImageNotFound, ServerError, VolumeBusy
 from extsnap.serve import clearing, mounting
 
@@ -39,6 +40,8 @@ MAX_REQUEST = 1 << 20
 MAX_ANSWER = 1 << 30
 _RUNTIME_VARIABLE = "EXTSNAP_RUNTIME_DIR"
 _LOG_SECONDS = 7 * 24 * 3600  # how long the log of a server that is gone is kept
+_ALONE_SECONDS = 10.0
+_ENDING_SECONDS = 1.0  # a server that hangs up takes its socket away, or is dead, a moment later
 
 # Classes that may come out of a socket: those of our hierarchy, by name.
 _CLASSES = {
@@ -222,10 +225,29 @@ def clean_up_after(record: Record) -> bool:
 
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """Keep others from putting servers into a runtime directory or taking them out; a lock that dies with its owner."""
+    """Keep others from putting servers into a runtime directory or taking them out; a lock that dies with its owner.
+
+    One who finds a dead socket has it while he looks again and cleans up, and a server before it mounts: else what is
+    taken away may be the mount and the socket of a server that has just begun.
+
+    Raises:
+        ServerError: Another one does not let go of it; names it.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        deadline = time.monotonic() + _ALONE_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    holder = lock_holder(descriptor)
+                    raise ServerError(
+                        f"process {holder or 'unknown'} has held {directory} for {_ALONE_SECONDS:.0f} seconds",
+                        hint="it starts or cleans up a server: continue or end it",
+                    ) from None
+                time.sleep(0.01)
         yield
     finally:
         os.close(descriptor)
@@ -465,25 +487,43 @@ def connect(key: ImageKey) -> tuple[ControlClient, dict[str, Any]] | None:
     """
     for directory in _candidates():
         path = directory / f"{key}.sock"
-        if not _is_ours(directory) or not path.exists():
+        if not _is_ours(directory):
             continue
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            connection.connect(os.fspath(path))
-            if peer(connection)[1] not in (0, os.geteuid()):
-                raise ServerError(f"{path} belongs to another user's process", hint="remove it")
-            client = ControlClient(connection)
-            return client, client.call("server.hello")
-        except ConnectionRefusedError:
-            connection.close()
-            with contextlib.suppress(FileNotFoundError):
-                _bury(path)
-        except (FileNotFoundError, ServerGone):  # it is ending: as good as not served
-            connection.close()
-        except BaseException:
-            connection.close()
-            raise
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while path.exists():
+            try:
+                found = _greet(path)
+            except ConnectionRefusedError:
+                found = None
+                with contextlib.suppress(FileNotFoundError):
+                    _bury(path)
+            if found is not None:
+                return found
+            if time.monotonic() >= deadline:
+                break  # it is ending: as good as not served
+            time.sleep(0.01)
     return None
+
+
+def _greet(path: Path) -> tuple[ControlClient, dict[str, Any]] | None:
+    """A connection and the greeting of whom it leads to; None if he ends (or is being killed) just now.
+
+    Raises:
+        ConnectionRefusedError: Nobody listens there.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.connect(os.fspath(path))
+        if peer(connection)[1] not in (0, os.geteuid()):
+            raise ServerError(f"{path} belongs to another user's process", hint="remove it")
+        client = ControlClient(connection)
+        return client, client.call("server.hello")
+    except (FileNotFoundError, ServerGone):
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
 
 
 # ---- the server's end
@@ -504,7 +544,7 @@ def listen(path: Path) -> socket.socket:
             listener.bind(os.fspath(temporary))
         finally:
             os.umask(old)
-        listener.listen(16)
+        listener.listen(128)  # who comes when we are at the limit waits here
         temporary.rename(path)
     except OSError as error:
         listener.close()
@@ -518,12 +558,16 @@ class Connection:
 
     Attributes:
         keeper: The process that started this server holds the other end.
+        pid: Who connected.
+        heard: When it last sent or took something (monotonic seconds).
     """
 
     def __init__(self, connection: socket.socket, *, keeper: bool = False) -> None:
         connection.setblocking(False)
         self.socket = connection
         self.keeper = keeper
+        self.pid, _ = peer(connection)
+        self.heard = time.monotonic()
         self._received = bytearray()
         self._outgoing = bytearray()
 
@@ -536,8 +580,18 @@ class Connection:
         """Whether an answer is still on its way out."""
         return bool(self._outgoing)
 
-    def requests(self) -> list[tuple[str, dict[str, Any]]] | None:
-        """Read what is there; None when the client is gone.
+    @property
+    def has_request(self) -> bool:
+        """Whether a whole request waits that can be taken: one who does not take an answer gets no second one."""
+        return not self._outgoing and b"\n" in self._received
+
+    @property
+    def wants_to_read(self) -> bool:
+        """Whether more should be read: what a client may have us keep is one request and one answer."""
+        return not self._outgoing and b"\n" not in self._received
+
+    def receive(self) -> bool:
+        """Read what is there; False when the client is gone.
 
         Raises:
             ServerError: It sent something that is no request; hang up.
@@ -545,27 +599,34 @@ class Connection:
         try:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:
-            return []
+            return True
         except OSError:
-            return None
+            return False
         if not data:
-            return None
+            return False
+        self.heard = time.monotonic()
         self._received += data
-        found = []
-        while (end := self._received.find(b"\n")) >= 0:
-            line = bytes(self._received[:end])
-            del self._received[: end + 1]
-            try:
-                request = json.loads(line)
-                verb, arguments = request["verb"], request.get("args", {})
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ServerError("not a request") from error
-            if not isinstance(verb, str) or not isinstance(arguments, dict):
-                raise ServerError("not a request")
-            found.append((verb, arguments))
-        if len(self._received) > MAX_REQUEST:
+        if len(self._received) > MAX_REQUEST and b"\n" not in self._received:
             raise ServerError("the request is too long")
-        return found
+        return True
+
+    def request(self) -> tuple[str, dict[str, Any]]:
+        """Take the request that waits.
+
+        Raises:
+            ServerError: It is none; hang up.
+        """
+        end = self._received.index(b"\n")
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        try:
+            request = json.loads(line)
+            verb, arguments = request["verb"], request.get("args", {})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ServerError("not a request") from error
+        if not isinstance(verb, str) or not isinstance(arguments, dict):
+            raise ServerError("not a request")
+        return verb, arguments
 
     def answer(self, result: dict[str, Any]) -> None:
         """Queue a result and send what goes out at once."""
@@ -583,8 +644,10 @@ class Connection:
         """Send what the client takes now."""
         try:
             while self._outgoing:
-                sent = self.socket.send(self._outgoing[: 1 << 20])
+                with memoryview(self._outgoing) as rest:
+                    sent = self.socket.send(rest[: 1 << 20])
                 del self._outgoing[:sent]
+                self.heard = time.monotonic()
         except BlockingIOError:
             return
         except OSError:

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gc
 import json
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -32,6 +34,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +50,9 @@ from extsnap.serve.fuse import FuseFiles, Unmounted
 _PR_SET_IO_FLUSHER = 57
 _FUSE_BURST = 1024  # looks for a request between two at the control socket
 _FUSE_SPIN = 50  # looks in vain before going to sleep: waking up costs more than the request that wakes
-_MAX_CLIENTS = 64
+_MAX_CLIENTS = 256
+_FD_RESERVE = 64  # descriptors that clients may not take: commands open files and start processes
+_SILENT_SECONDS = 10.0  # at the limit, a client that was silent for so long makes place
 #: How lines of the log begin that whoever ends the session is told.
 SAID, ENDED_BADLY = "note: ", "ended badly"
 _MOST_SAID = 50  # lines of the volume that a session keeps
@@ -104,6 +109,9 @@ class Server:
         self.clean: bool | None = None
         self._keeper = control.Connection(keeper, keeper=True) if keeper is not None else None
         self._clients: dict[int, control.Connection] = {}
+        self._most_clients = _MAX_CLIENTS
+        self._listening = False  # whether the listener is looked at: not while there is no place for a client
+        self._asked: deque[control.Connection] = deque()  # those with a request that waits, in turn
         self._waiting: list[tuple[control.Connection, str, float]] = []
         self._poll = select.poll()
         self._volume: EngineVolume | None = None
@@ -156,9 +164,7 @@ class Server:
             self._volume.serve_below(self)
             if self.config.partition:
                 self._disk = Disk(self._volume, self.config.image, self.config.offset)
-            self._fuse_fd = mounting.fuse_mount(
-                self.config.directory, self.config.image, allow_other=self.config.allow_other
-            )
+            self._mount()
             self._files = FuseFiles(
                 self._fuse_fd,
                 self._volume,
@@ -189,6 +195,17 @@ class Server:
         gc.freeze()
         return self._greeting()
 
+    def _mount(self) -> None:
+        config = self.config
+        path = control.socket_path(control.image_key(config.image, config.offset))
+        with control.alone(path.parent):
+            if config.writable:
+                # We have the image: a socket of it can only be that of a server that was killed.
+                control.set_aside(path.with_suffix(".json"))
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            self._fuse_fd = mounting.fuse_mount(config.directory, config.image, allow_other=config.allow_other)
+
     def _register(self) -> None:
         config = self.config
         record = control.Record(os.getpid(), config.directory, config.image, config.private, config.offset)
@@ -202,7 +219,8 @@ class Server:
             control.set_aside(self._record_path)
             record.save(self._record_path)
             self._listener = control.listen(path)
-        self._poll.register(self._listener, select.POLLIN)
+        self._most_clients = _most_clients()
+        self._listen(True)
 
     def _begin(self) -> None:
         assert self._volume is not None
@@ -238,6 +256,11 @@ class Server:
             "said": self._said,
         }
 
+    @property
+    def has_volume(self) -> bool:
+        """Whether the volume could be opened, and so locked."""
+        return self._volume is not None
+
     def log(self, message: str) -> None:
         """One line into the log (standard error)."""
         self.logged = True
@@ -266,13 +289,23 @@ class Server:
             except Unmounted:
                 self._finish()
                 break
+            if self._asked:
+                try:
+                    self._take_turns()
+                except Unmounted:
+                    self._finish()
+                    break
+            if not self._listening and self._listener is not None:
+                self._make_place()
             if self._waiting:
                 self._look_after_waiting()
             if self._ending_soon and not (self._over or self._keeper_holds() or self._files.total_opens):
                 self._try_to_end()
 
     def _timeout(self) -> int | None:
-        return 50 if self._waiting else None
+        if self._asked:
+            return 0
+        return 50 if self._waiting or (not self._listening and self._listener is not None) else None
 
     def _keeper_holds(self) -> bool:
         return self._keeper is not None
@@ -288,9 +321,9 @@ class Server:
                 return
             if event & select.POLLOUT:
                 client.flush()
-                self._watch(client)
-            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            if client.wants_to_read and event & (select.POLLIN | select.POLLHUP | select.POLLERR):
                 self._hear(client)
+            self._watch(client)
 
     def _signalled(self, numbers: bytes) -> None:
         assert self._files is not None
@@ -313,27 +346,66 @@ class Server:
 
     def _accept(self) -> None:
         assert self._listener is not None
+        if len(self._clients) >= self._most_clients:
+            self._listen(False)
+            return
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                # It stays in the queue: to be asked again and again would only keep us from everything else.
+                self._listen(False)
             return
-        if control.peer(connection)[1] not in (0, os.geteuid()) or len(self._clients) >= _MAX_CLIENTS:
+        if control.peer(connection)[1] not in (0, os.geteuid()):
             connection.close()
             return
         self._add(control.Connection(connection))
+
+    def _listen(self, on: bool) -> None:
+        """Look at the listener, or let those who come wait in its queue."""
+        assert self._listener is not None
+        if on and not self._listening:
+            self._poll.register(self._listener, select.POLLIN)
+        elif not on and self._listening:
+            self._poll.unregister(self._listener)
+        self._listening = on
+
+    def _make_place(self) -> None:
+        """There was none for a client that came: the one that has been silent for longest goes, if it is for long."""
+        waiting = {id(client) for client, _, _ in self._waiting}
+        idle = [
+            client
+            for client in self._clients.values()
+            if not (client.keeper or client.has_request or id(client) in waiting)
+        ]
+        oldest = min(idle, key=lambda client: client.heard, default=None)
+        full = len(self._clients) >= self._most_clients
+        if full and (oldest is None or time.monotonic() - oldest.heard < _SILENT_SECONDS):
+            return
+        if full and oldest is not None:
+            self.log(f"{len(self._clients)} clients: hanging up on one that was silent (pid {oldest.pid})")
+            self._drop(oldest)
+        self._listen(True)
 
     def _add(self, client: control.Connection) -> None:
         self._clients[client.fileno()] = client
         self._poll.register(client.fileno(), select.POLLIN)
 
     def _watch(self, client: control.Connection) -> None:
-        if client.fileno() in self._clients:
-            self._poll.modify(client.fileno(), select.POLLIN | (select.POLLOUT if client.wants_to_write else 0))
+        """Wait for what it is about to do; one that has asked is not listened to before it has its answer."""
+        if client.fileno() not in self._clients:
+            return
+        reading = select.POLLIN if client.wants_to_read else 0
+        self._poll.modify(client.fileno(), reading | (select.POLLOUT if client.wants_to_write else 0))
+        if client.has_request and client not in self._asked:
+            self._asked.append(client)
 
     def _drop(self, client: control.Connection) -> None:
         if self._clients.pop(client.fileno(), None) is not None:
             self._poll.unregister(client.fileno())
         self._waiting = [item for item in self._waiting if item[0] is not client]
+        with contextlib.suppress(ValueError):
+            self._asked.remove(client)
         client.socket.close()
         if client is self._keeper:
             self._keeper = None
@@ -342,17 +414,26 @@ class Server:
 
     def _hear(self, client: control.Connection) -> None:
         try:
-            requests = client.requests()
+            is_there = client.receive()
         except ServerError as error:
             client.refuse(error)
-            requests = None
-        if requests is None:
+            is_there = False
+        if not is_there:
             self._drop(client)
-            return
-        for verb, arguments in requests:
-            if self._over:
+
+    def _take_turns(self) -> None:
+        """Carry out one request of each client that has one, and serve the files in between."""
+        for _ in range(len(self._asked)):
+            if self._over or not self._asked:
                 return
+            client = self._asked.popleft()
             self._drain_fuse()
+            try:
+                verb, arguments = client.request()
+            except ServerError as error:
+                client.refuse(error)
+                self._drop(client)
+                continue
             try:
                 result = self._obey(client, verb, arguments)
                 if result is not None:
@@ -601,6 +682,7 @@ class Server:
 
     def _unregister(self) -> None:
         if self._listener is not None:
+            self._listening = False
             self._listener.close()
             self._listener = None
         if self._socket_path is not None:
@@ -621,6 +703,12 @@ class Server:
         os.close(self._signals_read)
         os.close(self._signals_write)
         self._signals_read = self._signals_write = -1
+
+
+def _most_clients() -> int:
+    """How many clients at once: so many that commands still have the descriptors that they need."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_CLIENTS if soft == resource.RLIM_INFINITY else max(8, min(_MAX_CLIENTS, soft - _FD_RESERVE))
 
 
 # ---- the process
@@ -681,17 +769,30 @@ def spawn(config: ServerConfig) -> tuple[control.ControlClient, dict[str, Any]]:
         raise
 
 
+def _leave_log(log: Path, own: Path, server: Server | None) -> None:
+    """At the end: a log in which something stands is kept, but never in the place of another server's."""
+    is_worth_keeping = server is None or server.logged
+    if own == log:
+        is_ours = os.path.samestat(os.stat(log), os.fstat(2))  # another one may have the image by now
+        if is_ours and not is_worth_keeping:
+            log.unlink()
+    elif is_worth_keeping and (not log.exists() or (server is not None and server.has_volume)):
+        own.rename(log)
+    else:
+        own.unlink()
+
+
 def daemon_main(settings: dict[str, Any]) -> None:
     """The server process after its fork: log, serve, exit.  Never returns."""
     status = 1
     log = Path(settings["log"])
+    own = log.with_name(f".{os.getpid()}.{log.name}")
     keeper = control.Connection(socket.socket(fileno=settings["keeper"]), keeper=True)
     server: Server | None = None
     try:
         os.umask(0o077)
-        if log.exists():
-            log.replace(log.with_suffix(".log.old"))
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # The log's own name belongs to the one who has the image, which may be another server than this one.
+        fd = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_SH)  # as long as this process lives, the log is not swept away
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for source, target in ((null, 0), (fd, 1), (fd, 2)):
@@ -708,6 +809,10 @@ def daemon_main(settings: dict[str, Any]) -> None:
             keeper.socket.setblocking(True)
             keeper.refuse(error)
             return
+        if log.exists():
+            log.replace(log.with_suffix(".log.old"))
+        own.rename(log)
+        own = log
         keeper.answer(greeting)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         server.serve()
@@ -720,7 +825,6 @@ def daemon_main(settings: dict[str, Any]) -> None:
             with contextlib.suppress(BaseException):
                 server._finish()
     finally:
-        if server is None or not server.logged:
-            with contextlib.suppress(OSError):
-                log.unlink()
+        with contextlib.suppress(OSError):
+            _leave_log(log, own, server)
         os._exit(status)

@@ -33,7 +33,7 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import clearing, control, moment, mounting, tools
+from extsnap.serve import clearing, control, moment, mounting, remote, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
 from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
@@ -77,7 +77,10 @@ class Session:
 
         ``info`` gets its ``attached`` here: only this side knows.
         """
-        if self._client is not None:
+        if self._client is not None and verb == "export":
+            directory = str(self._client.call("server.hello")["directory"])
+            result = remote.export(self._client, self.image, directory, **arguments)
+        elif self._client is not None:
             result = self._client.call(verb, **arguments)
         elif self._volume is not None:
             result = self._volume.verb(verb, **arguments)
@@ -796,7 +799,7 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
     if served is not None:
         client, hello = served
         with client:
-            report = _selected(client.call("check", names=list(names)), names)
+            report = _selected(remote.check(client, list(names)), names)
             volume = os.path.join(hello["directory"], "volume")
             users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)

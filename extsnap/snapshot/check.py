@@ -2,47 +2,127 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from extsnap.arrays import expand
+from extsnap.arrays import Ints, expand
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
+from extsnap.snapshot.index import Level
 from extsnap.sparsebits import SparseBits
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
 
+Flags = npt.NDArray[np.bool_]
+
+#: Blocks of the base volume whose records are looked at together.
+SPAN_BLOCKS = 8192
 #: Copy blocks verified at once.
 PIECE_BLOCKS = 4096
 #: Damaged copies named one by one; the rest is counted.
 NAMED = 20
 
 
-def check_store(volume: Volume) -> tuple[list[str], dict[str, list[str]]]:
-    """(errors of the store, errors by snapshot name); both empty for a sound store.
+@dataclass
+class Findings:
+    """What is wrong.
+
+    Attributes:
+        errors: Of the store.
+        by_snapshot: Of the snapshots, by name.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    by_snapshot: dict[str, list[str]] = field(default_factory=dict)
+    _damaged: int = 0
+    _doubled: int = 0
+
+    def add(self, piece: dict[str, Any]) -> None:
+        """Take in what `check_piece` found."""
+        self._doubled += piece["doubled"]
+        for block, names in piece["damaged"]:
+            self._damaged += 1
+            if self._damaged <= NAMED and names:
+                self.errors.append(f"the copy of block {block} fails its checksum")
+            for name in names:
+                mine = self.by_snapshot.setdefault(name, [])
+                if len(mine) < NAMED:
+                    mine.append(f"block {block} cannot be read: its copy fails its checksum")
+
+    def close(self) -> None:
+        """Say how many there are, after the last piece."""
+        if self._doubled:
+            self.errors.append(f"{self._doubled} pairs of records name the same block and the same snapshot")
+        if self._damaged > NAMED:
+            self.errors.append(f"{self._damaged} copies fail their checksum")
+
+
+def check_store(volume: Volume, *, copies: bool = True) -> Findings:
+    """Check everything; what is found is empty for a sound store.
 
     Copies are read in bounded pieces; nothing is written.
+
+    Args:
+        copies: Look at records and copies as well.
     """
-    errors: list[str] = []
-    by_snapshot: dict[str, list[str]] = {}
+    found = Findings()
     if volume.store is None:
-        return errors, by_snapshot
-    for step in (_check_bitmaps, _check_records, _check_blobs):
+        return found
+    for step in (_check_bitmaps, _check_blobs):
         try:
-            errors += step(volume)
+            found.errors += step(volume)
         except ExtsnapError as error:
-            errors.append(str(error))
-    try:
-        _check_copies(volume, errors, by_snapshot)
-    except ExtsnapError as error:
-        errors.append(str(error))
+            found.errors.append(str(error))
+    if copies:
+        first: int | None = 0
+        try:
+            while first is not None:
+                piece = check_piece(volume, first)
+                found.add(piece)
+                first = piece["next"]
+        except ExtsnapError as error:
+            found.errors.append(str(error))
+        found.close()
     if volume.outside_write:
         for name in volume.snapshot_names():
-            by_snapshot.setdefault(name, []).append("the volume was written outside extsnap since this snapshot")
-    return errors, by_snapshot
+            found.by_snapshot.setdefault(name, []).append("the volume was written outside extsnap since this snapshot")
+    return found
+
+
+def check_piece(volume: Volume, first: int, *, seconds: float = 0.0) -> dict[str, Any]:
+    """Check the records of a part of the base volume, and their copies.
+
+    Every part is checked as it is now: between two of them the volume may be written, and snapshots come and go.
+
+    Args:
+        first: Block from which on.
+        seconds: For about so long; but at least one part.
+
+    Returns:
+        ``next``: the block to go on from, or None at the end; ``doubled``: pairs of records of one block and one
+        snapshot; ``damaged``: [block, [names of the snapshots that read its copy]] for each copy that is.
+    """
+    deadline = time.monotonic() + seconds
+    doubled, damaged = 0, []
+    engine = volume.engine
+    at = None if engine is None else engine.index.next_block(first)
+    while engine is not None and at is not None:
+        records = engine.index.in_range(at, at + SPAN_BLOCKS)
+        blocks = expand(records.block, records.length)
+        inside = (blocks >= at) & (blocks < at + SPAN_BLOCKS)
+        masks = np.repeat(records.mask, records.length)
+        doubled += _doubled(blocks[inside], (engine.masks.rows & engine.alive)[masks[inside]])
+        damaged += _damaged(volume, records, blocks, inside, masks)
+        at = engine.index.next_block(at + SPAN_BLOCKS)
+        if time.monotonic() >= deadline:
+            break
+    return {"next": at, "doubled": doubled, "damaged": damaged}
 
 
 def _check_bitmaps(volume: Volume) -> list[str]:
@@ -71,28 +151,19 @@ def _check_bitmaps(volume: Volume) -> list[str]:
     return errors
 
 
-def _check_records(volume: Volume) -> list[str]:
-    """No block has two records for one snapshot."""
-    engine = volume.require_engine()
-    seen_blocks, seen_masks = [], []
-    for level in engine.index.levels:
-        seen_blocks.append(expand(level.block, level.length))
-        seen_masks.append(np.repeat(level.mask, level.length))
-    if not seen_blocks:
-        return []
-    blocks, masks = np.concatenate(seen_blocks), np.concatenate(seen_masks)
+def _doubled(blocks: Ints, rows: npt.NDArray[np.uint64]) -> int:
+    """Pairs of records for the same block and the same snapshot."""
     order = np.argsort(blocks, kind="stable")
-    blocks, masks = blocks[order], masks[order]
-    rows = engine.masks.rows & engine.alive
-    errors = 0
+    blocks, rows = blocks[order], rows[order]
+    pairs = 0
     distance = 1
     while distance < len(blocks):  # as many rounds as one block has records
         same = np.flatnonzero(blocks[distance:] == blocks[:-distance])
         if not len(same):
             break
-        errors += int((rows[masks[same]] & rows[masks[same + distance]]).any(axis=1).sum())
+        pairs += int((rows[same] & rows[same + distance]).any(axis=1).sum())
         distance += 1
-    return [f"{errors} pairs of records name the same block and the same snapshot"] if errors else []
+    return pairs
 
 
 def _check_blobs(volume: Volume) -> list[str]:
@@ -104,28 +175,24 @@ def _check_blobs(volume: Volume) -> list[str]:
     return []
 
 
-def _check_copies(volume: Volume, errors: list[str], by_snapshot: dict[str, list[str]]) -> None:
-    """Every copy has its checksum; damage is charged to the snapshots that read it."""
+def _damaged(
+    volume: Volume, records: Level, blocks: Ints, inside: Flags, masks: npt.NDArray[np.uint32]
+) -> list[tuple[int, list[str]]]:
+    """(block, snapshots that read its copy) of the copies that do not have their checksum, by block."""
     engine, store = volume.require_engine(), volume.require_store()
+    copied = np.repeat(records.copy >= 0, records.length)
+    behind = blocks - np.repeat(records.block, records.length)
+    logical = np.repeat(records.copy, records.length) + behind
+    crc_at = np.repeat(records.crc_at, records.length) + behind
+    which = np.flatnonzero(inside & copied)
+    which = which[np.argsort(logical[which], kind="stable")]
     bits = engine.masks.bits()
-    damaged = 0
-    for level in engine.index.levels:
-        which = np.flatnonzero(level.copy >= 0)
-        logical = expand(level.copy[which], level.length[which])
-        blocks = expand(level.block[which], level.length[which])
-        owner = np.repeat(which, level.length[which])
-        for low in range(0, len(logical), PIECE_BLOCKS):
-            part = slice(low, low + PIECE_BLOCKS)
-            found = np.array([fmt.crc(copy) for copy in store.read_blocks(logical[part])], np.uint32)
-            for index in np.flatnonzero(found != level.crcs[part]).tolist():
-                damaged += 1
-                row = bits[level.mask[owner[part][index]]]
-                names = [entry.name for entry in volume.snapshot_list() if row[entry.bit]]
-                if damaged <= NAMED and names:
-                    errors.append(f"the copy of block {blocks[part][index]} fails its checksum")
-                for name in names:
-                    mine = by_snapshot.setdefault(name, [])
-                    if len(mine) < NAMED:
-                        mine.append(f"block {blocks[part][index]} cannot be read: its copy fails its checksum")
-    if damaged > NAMED:
-        errors.append(f"{damaged} copies fail their checksum")
+    damaged = []
+    for low in range(0, len(which), PIECE_BLOCKS):
+        part = which[low : low + PIECE_BLOCKS]
+        found = np.array([fmt.crc(copy) for copy in store.read_blocks(logical[part])], np.uint32)
+        for index in part[np.flatnonzero(found != records.crcs[crc_at[part]])].tolist():
+            row = bits[masks[index]]
+            names = [entry.name for entry in volume.snapshot_list() if row[entry.bit]]
+            damaged.append((int(blocks[index]), names))
+    return sorted(damaged)

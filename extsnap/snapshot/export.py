@@ -6,13 +6,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from extsnap.blockdev.base import ReadableDevice
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import graft
-from extsnap.snapshot.view import View
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -21,39 +21,46 @@ if TYPE_CHECKING:
 HOLE_BYTES = 4096
 
 
+class Source(ReadableDevice, Protocol):
+    """What is exported: a view, or what a server shows of one."""
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]: ...
+
+
 def export(volume: Volume, name: str, out: str, *, force: bool = False) -> int:
     """Write the view of ``name`` to the new sparse file ``out``; returns its size in bytes.
 
-    The file appears under its name only when it is complete and durable.
-
     Raises:
-        ExtsnapError: ``out`` exists and ``force`` was not given, or is not a place for a file.
+        ExtsnapError, OSError: As `new_file`.
     """
     entry = volume.find(name)
-    exists = os.path.lexists(out)
-    if exists and not force:
-        raise ExtsnapError(f"{out} exists already", hint="use --force to replace it")
-    if exists and not os.path.isfile(out):
-        raise ExtsnapError(f"{out} is not a regular file", hint="name a file to write to")
-    if exists and os.path.samefile(out, volume.path):
-        raise ExtsnapError(f"{out} is the image itself", hint="name another file to write to")
-    with _new_file(out, force) as descriptor:
-        write_image(volume, entry.name, descriptor)
-        os.fsync(descriptor)
+    view = volume.open_view(name)
+    with new_file(out, volume.path, force=force) as descriptor:
+        write_image(view, volume.block_size, entry.created_ns // 10**9, descriptor)
     return entry.volume_bytes
 
 
 @contextlib.contextmanager
-def _new_file(out: str, replace: bool) -> Iterator[int]:
-    """Yield the descriptor of a new file, which gets its name at the end, unless an error comes before.
+def new_file(out: str, image: str, *, force: bool = False) -> Iterator[int]:
+    """A descriptor of a file that appears as ``out`` when the ``with`` ends well: complete and durable, or not at all.
 
-    Where the filesystem has files without a name, nothing stays of one whose writer is killed.
+    Until then it has no name, where the filesystem can do that: nothing is left of it if we are killed.  Without
+    ``force`` nothing that has the name by then is replaced, whoever made it.
+
+    Raises:
+        ExtsnapError: ``out`` exists and ``force`` was not given, or is not a place for a file.
     """
-    directory = os.path.dirname(out) or "."
+    exists = os.path.lexists(out)
+    if exists and not force:
+        raise _exists_already(out)
+    if exists and not os.path.isfile(out):
+        raise ExtsnapError(f"{out} is not a regular file", hint="name a file to write to")
+    if exists and os.path.samefile(out, image):
+        raise ExtsnapError(f"{out} is the image itself", hint="name another file to write to")
     partial = f"{out}.{os.getpid()}.partial"
+    named = False
     try:
-        descriptor = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
-        named = False
+        descriptor = os.open(os.path.dirname(out) or ".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
@@ -61,14 +68,20 @@ def _new_file(out: str, replace: bool) -> Iterator[int]:
         named = True
     try:
         yield descriptor
-        if not named and not (replace and os.path.lexists(out)):
-            _link(descriptor, out)
-            return
-        if not named:  # a link replaces nothing
-            _link(descriptor, partial)
+        os.fsync(descriptor)
+        try:
+            if named and force:
+                os.replace(partial, out)
+                named = False
+                return
+            _link(descriptor, partial if named else None, out)
+        except FileExistsError:
+            if not force:
+                raise _exists_already(out) from None
+            _link(descriptor, None, partial)
             named = True
-        os.replace(partial, out)
-        named = False
+            os.replace(partial, out)
+            named = False
     finally:
         os.close(descriptor)
         if named:
@@ -76,30 +89,46 @@ def _new_file(out: str, replace: bool) -> Iterator[int]:
                 os.unlink(partial)
 
 
-def _link(descriptor: int, name: str) -> None:
-    # A descriptor for the directory makes Python call linkat(2), which alone follows the link in /proc.
-    os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=descriptor, follow_symlinks=True)
+def _exists_already(out: str) -> ExtsnapError:
+    return ExtsnapError(f"{out} exists already", hint="use --force to replace it")
 
 
-def write_image(volume: Volume, name: str, descriptor: int) -> None:
-    """Write the exported image of a snapshot to an empty file."""
-    view = volume.open_view(name)
-    changes = without_store(volume, view)
-    os.ftruncate(descriptor, view.size)
-    for offset, data in view.pieces():
+def _link(descriptor: int, name: str | None, out: str) -> None:
+    """Give a file a name that nothing has.
+
+    Raises:
+        FileExistsError: Something has it.
+    """
+    try:
+        if name is None:  # the link in /proc is followed only where a descriptor is given, whatever its use
+            os.link(f"/proc/self/fd/{descriptor}", out, src_dir_fd=descriptor)
+        else:
+            os.link(name, out)
+    except OSError as error:
+        if name is None or error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        # No hard links here (FAT): the name is taken first, by an empty file.
+        os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        os.replace(name, out)
+
+
+def write_image(source: Source, block_size: int, created: int, descriptor: int) -> None:
+    """Write the exported image of a snapshot to an empty file; ``created`` is its moment in seconds."""
+    changes = without_store(source, block_size, created)
+    os.ftruncate(descriptor, source.size)
+    for offset, data in source.pieces():
         _write_sparse(descriptor, offset, data)
-    size = volume.block_size
     for block, content in sorted(changes.items()):
-        os.pwrite(descriptor, content[: view.size - block * size], block * size)
+        os.pwrite(descriptor, content[: source.size - block * block_size], block * block_size)
 
 
-def without_store(volume: Volume, view: View) -> dict[int, bytes]:
+def without_store(source: ReadableDevice, block_size: int, created: int) -> dict[int, bytes]:
     """The blocks of a view that change when ``/.extsnap`` is removed from it."""
-    overlay = Overlay(view, volume.block_size)
+    overlay = Overlay(source, block_size)
     fs = Filesystem.open(overlay, writable=True)
     # The snapshot's own moment, so that every export of it is the same.
     if fs.lookup(graft.PATH) is not None:  # else it was renamed, and is a file of zeros like others
-        graft.remove(fs, view.snapshot.created_ns // 10**9)
+        graft.remove(fs, created)
     fs.flush()
     return overlay.changes()
 

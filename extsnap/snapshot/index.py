@@ -221,6 +221,15 @@ class Index:
                     found.append(level.take(which))
         return merge(found)
 
+    def next_block(self, first: int) -> int | None:
+        """The first block from ``first`` on that a record touches; None if there is none."""
+        found = []
+        for level in self.levels:
+            low = int(np.searchsorted(level.reach, first, "right"))
+            if low < len(level):
+                found.append(max(first, int(level.block[low])))
+        return min(found, default=None)
+
     def pairs(self, blocks: Ints) -> list[tuple[Level, Ints, Ints]]:
         """For sorted ``blocks``: per level (level, i, record), record covering ``blocks[i]``."""
         found = []

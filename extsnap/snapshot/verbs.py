@@ -15,7 +15,7 @@ from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import edit, settings
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.check import check_store
+from extsnap.snapshot.check import check_piece, check_store
 from extsnap.snapshot.full import Fill, fill, growth, warning
 from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
 
 JSON_VERSION = 1
+_CHECK_SECONDS = 0.1  # for which a server does nothing else
 
 
 def _iso(nanoseconds: int) -> str:
@@ -213,6 +214,19 @@ def export(volume: Volume, name: str, out: str, force: bool = False) -> dict[str
 
     size = exporting.export(volume, name, out, force=force)
     return {"version": JSON_VERSION, "name": name, "out": out, "bytes": size}
+
+
+def layout(volume: Volume, name: str) -> dict[str, Any]:
+    """What one who reads a snapshot's served file must know to export it; ``runs`` are [block, length]."""
+    entry = volume.find(name)
+    return {
+        "version": JSON_VERSION,
+        "id": entry.id,
+        "volume_bytes": entry.volume_bytes,
+        "block_size": volume.block_size,
+        "created_seconds": entry.created_ns // 10**9,
+        "runs": volume.open_view(name).preserved_runs().tolist(),
+    }
 
 
 def strip(volume: Volume) -> dict[str, Any]:
@@ -408,24 +422,32 @@ def _dump_bitmaps(volume: Volume) -> dict[str, Any]:
     return {"block": block.tolist(), "snapshot": volume.require_store().root.allocation_runs().tolist()}
 
 
-def check(volume: Volume, names: list[str] | None = None, quick: bool = False) -> dict[str, Any]:
-    """Check the store, the two bitmaps and every copy; the filesystems are e2fsck's to judge."""
+def check(volume: Volume, names: list[str] | None = None, quick: bool = False, copies: bool = True) -> dict[str, Any]:
+    """Check the store, the two bitmaps and every copy; the filesystems are e2fsck's to judge.
+
+    Without ``copies`` the records and their copies are left out: for `check_copies`.
+    """
     for name in names or []:
         volume.find(name)
-    store_errors, by_snapshot = check_store(volume)
+    findings = check_store(volume, copies=copies)
     with_errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS
     return {
         "version": JSON_VERSION,
-        "store": {"ok": not store_errors, "errors": store_errors},
+        "store": {"ok": not findings.errors, "errors": findings.errors},
         "snapshots": [
             {
                 "name": entry.name,
-                "errors": by_snapshot.get(entry.name, []),
+                "errors": findings.by_snapshot.get(entry.name, []),
                 "filesystem_errors": bool(entry.flags & with_errors),
             }
             for entry in ([volume.find(name) for name in names] if names else volume.snapshot_list())
         ],
     }
+
+
+def check_copies(volume: Volume, first: int = 0) -> dict[str, Any]:
+    """Check records and copies from a block on, for a moment: ``next`` is where to go on, or None at the end."""
+    return {"version": JSON_VERSION, **check_piece(volume, first, seconds=_CHECK_SECONDS)}
 
 
 _DUMPS: dict[str, Callable[[Volume], Any]] = {
@@ -443,6 +465,7 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "delete": delete,
     "restore": restore,
     "export": export,
+    "layout": layout,
     "strip": strip,
     "accept": accept,
     "set": set_properties,
@@ -450,4 +473,5 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "info": info,
     "dump": dump,
     "check": check,
+    "check_copies": check_copies,
 }

@@ -133,19 +133,23 @@ class View:
 
         Short gaps are read along: on a fragmented volume thousands of small pieces would take far longer.
         """
-        size = self.engine.block_size
-        runs = self.preserved_runs()
-        if not len(runs):
-            return
-        ends = runs[:, 0] + runs[:, 1]
-        first = np.append(0, 1 + np.flatnonzero(runs[1:, 0] - ends[:-1] > GAP_BYTES // size))
-        stops = np.append(ends[first[1:] - 1], ends[-1])
-        for start, stop in zip(runs[first, 0].tolist(), stops.tolist(), strict=True):
-            at, end = start * size, min(stop * size, self.size)
-            while at < end:
-                count = min(piece_bytes, end - at)
-                yield at, self.pread(at, count)
-                at += count
+        for at, count in pieces(self.preserved_runs(), self.engine.block_size, self.size, piece_bytes):
+            yield at, self.pread(at, count)
+
+
+def pieces(runs: Ints, block_size: int, size: int, piece_bytes: int = 4 << 20) -> Iterator[tuple[int, int]]:
+    """Bounded pieces (offset, bytes) that cover runs (start block, length) of a view of ``size`` bytes."""
+    if not len(runs):
+        return
+    ends = runs[:, 0] + runs[:, 1]
+    first = np.append(0, 1 + np.flatnonzero(runs[1:, 0] - ends[:-1] > GAP_BYTES // block_size))
+    stops = np.append(ends[first[1:] - 1], ends[-1])
+    for start, stop in zip(runs[first, 0].tolist(), stops.tolist(), strict=True):
+        at, end = start * block_size, min(stop * block_size, size)
+        while at < end:
+            count = min(piece_bytes, end - at)
+            yield at, count
+            at += count
 
 
 class ViewFile(io.RawIOBase):

@@ -31,7 +31,7 @@ from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
-from extsnap.blockdev.inuse import require_free
+from extsnap.blockdev.inuse import require_free, require_unwritten
 from extsnap.errors import (
     ExtsnapError,
     FormatError,
@@ -219,8 +219,11 @@ class Volume:
             length=place.length,
         )
         try:
+            # After our own lock: of two who come at once through different devices, at least one sees the other.
             if writable:
                 require_free(image)
+            else:
+                require_unwritten(image)
             return cls(
                 image,
                 path=image.path,

@@ -150,13 +150,16 @@ class FakeVolume:
     def _verb_info(self) -> dict[str, Any]:
         return {"version": 1, "offset": 0, "attached": None}
 
-    def _verb_check(self, names: list[str]) -> dict[str, Any]:
+    def _verb_check(self, names: list[str], copies: bool = True) -> dict[str, Any]:
         for name in names:
             self._copy(name)
         return {
             "store": {"ok": True, "errors": []},
             "snapshots": [{"name": name, "errors": []} for name in names or self._state["snapshots"]],
         }
+
+    def _verb_check_copies(self, first: int) -> dict[str, Any]:
+        return {"next": None, "doubled": 0, "damaged": []}
 
     def _verb_bug(self) -> dict[str, Any]:
         raise ZeroDivisionError("a bug")
