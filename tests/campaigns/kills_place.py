@@ -249,14 +249,17 @@ class Place:
         image = make_volume(where / "disk.img", kind, MEBIBYTES, "-b", str(block), "-m", "0", files=files)
         copies, exports = {}, {}
         for name in ("one", "two"):
-            self.extsnap("create", image, name)
+            with extsnap.open(image) as volume:
+                volume.create(name)
             copies[name] = oracle.copy_image(image, where / f"{name}.copy")
             self.extsnap("run", image, "--", "debugfs", "-w", "-R", f"rm /old-{1 if name == 'one' else 2}", "{}")
         for name in copies:
-            self.extsnap("export", image, name, where / "out")
-            oracle.assert_clean(where / "out")
-            exports[name] = oracle.sha256(where / "out")
-            (where / "out").unlink()
+            out = where / "out"
+            with extsnap.open(image, writable=False) as volume:
+                volume.verb("export", name=name, out=str(out))
+            oracle.assert_clean(out)
+            exports[name] = oracle.sha256(out)
+            out.unlink()
         self.prepared = Prepared(image, copies, exports)
         return self.prepared
 
