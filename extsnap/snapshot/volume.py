@@ -958,7 +958,8 @@ class Volume:
         if self.engine is None:
             return True
         fs = self.filesystem()
-        if left_undone(fs):
+        # After a crash an e2fsck that gives up sets the flag of errors, and without a journal no bitmap can be believed.
+        if left_undone(fs) or (self.needs_replay and not fs.is_clean):
             return not self.medium.state.mark
         self.needs_replay = False
         if self._forget_stale():
