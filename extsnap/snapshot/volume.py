@@ -958,7 +958,7 @@ class Volume:
         if self.engine is None:
             return True
         fs = self.filesystem()
-        # After a crash an e2fsck that gives up sets the flag of errors, and without a journal no bitmap can be believed.
+        # An e2fsck that gives up after a crash sets the flag of errors; without a journal no bitmap is right then.
         if left_undone(fs) or (self.needs_replay and not fs.is_clean):
             return not self.medium.state.mark
         self.needs_replay = False
