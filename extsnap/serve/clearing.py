@@ -131,10 +131,9 @@ def take_off(directory: Mount, tell: Tell) -> None:
     """
     found = above(directory)
     _refuse_strangers(found)
-    for mount in found.mounts:
-        _unmount(mount, tell)
+    busy = [mount for mount in found.mounts if not _unmount(mount, tell)]
     for loop in found.loops:
-        _detach(loop, tell)
+        _detach(loop, tell, 0.1 if busy else _LOOP_PATIENCE)
     for copy in found.copies:
         mounting.fuse_abort(copy.point, force=False)
         tell(f"unmounted {copy.point}, where the served directory was shown too")
@@ -206,24 +205,26 @@ def _is_there(mount: Mount) -> bool:
     return any(other.number == mount.number for other in mounting.mounts())
 
 
-def _unmount(mount: Mount, tell: Tell) -> None:
+def _unmount(mount: Mount, tell: Tell) -> bool:
+    """Returns False if it is in use and will be gone altogether only when its users are."""
     if not _is_there(mount):
-        return
+        return True
     try:
         mounting.unmount(mount.point)
         tell(f"unmounted {mount.point}")
-        return
+        return True
     except VolumeBusy:
         if not _is_there(mount):
-            return
+            return True
     users = [f"{name} (pid {pid})" for pid, name in mounting.processes_using(mount.point)]
     # What a living server still takes shall reach it: afterwards nobody waits for it any more.
     tools.run("sync", "-f", "--", mount.point, ok=None)
     mounting.unmount(mount.point, lazy=True)
     tell(f"unmounted {mount.point} from under {', '.join(users) or 'somebody'}: they get errors until they leave it")
+    return False
 
 
-def _detach(loop: Loop, tell: Tell) -> None:
+def _detach(loop: Loop, tell: Tell, patience: float) -> None:
     """A loop device that mount(8) made goes by itself with its mount, if a moment later."""
 
     def gone(seconds: float) -> bool:
@@ -234,13 +235,12 @@ def _detach(loop: Loop, tell: Tell) -> None:
             time.sleep(0.01)
         return True
 
-    if not gone(0.2):
-        done = tools.run("losetup", "-d", loop.path, ok=None)
-        if not gone(_LOOP_PATIENCE):
+    if not gone(0.1):
+        done = tools.run("losetup", "-d", loop.path, ok=None)  # of one in use: as soon as it is free
+        if not gone(patience):
             if done.returncode:
-                raise ExtsnapError(
-                    f"cannot detach {loop.path}: {tools.last_line(done)}", hint=f"losetup -d {loop.path}"
-                )
+                reason = tools.last_line(done)
+                raise ExtsnapError(f"cannot detach {loop.path}: {reason}", hint=f"run losetup -d {loop.path}")
             tell(f"{loop.path} goes with the last who uses it")
             return
     tell(f"detached {loop.path}")

@@ -1035,7 +1035,8 @@ class Volume:
         if self.engine is None:
             return True
         fs = self.filesystem()
-        if left_undone(fs):
+        # An e2fsck that gives up after a crash sets the flag of errors; without a journal no bitmap is right then.
+        if left_undone(fs) or (self.needs_replay and not fs.is_clean):
             return not self.medium.state.mark
         self.needs_replay = False
         if self._forget_stale():

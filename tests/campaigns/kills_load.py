@@ -1,7 +1,9 @@
 """Writes to a mounted volume until that fails, and logs outside of it what must be there afterwards.
 
-A program of its own: ``python kills_load.py DIRECTORY LOG NAME SEED [SECONDS]``.  In ``DIRECTORY/NAME``, a file of
-stamped sectors, it overwrites; beside it, it makes, renames and removes files.  Lines of the log:
+A program of its own: ``python kills_load.py DIRECTORY LOG NAME SEED SECONDS [keep]``.  In ``DIRECTORY/NAME``, a
+file of stamped sectors, it overwrites; beside it, it makes and removes files; with ``keep`` it removes none.
+
+Lines of the log:
 
 * ``w FIRST COUNT VERSION``: these sectors are about to be written
 * ``f VERSION``: everything written up to that version was fsynced
@@ -24,7 +26,7 @@ from pathlib import Path
 
 SECTOR = 512
 SECTORS = 6144
-MOST_FILES = 25
+MOST_FILES = 40
 _STAMP = struct.Struct("<QQ")
 
 
@@ -87,7 +89,8 @@ def missing(directory: Path, log: Path, name: str) -> list[str]:
 class Load:
     """One writer."""
 
-    def __init__(self, directory: str, log: str, name: str, seed: int) -> None:
+    def __init__(self, directory: str, log: str, name: str, seed: int, keep: bool) -> None:
+        self.keep = keep
         self.rng = random.Random(seed)
         self.top = directory
         self.name = name
@@ -115,6 +118,8 @@ class Load:
     def make(self) -> None:
         if len(self.files) >= MOST_FILES:
             self.remove()
+            if self.keep:
+                return
         self.number += 1
         name = f"{self.name}-{self.number}"
         content = self.rng.randbytes(self.rng.randrange(30000))
@@ -131,7 +136,7 @@ class Load:
         self.say("file" if durable else "made", *said)
 
     def remove(self) -> None:
-        if self.files:
+        if self.files and not self.keep:
             name = self.files.pop(self.rng.randrange(len(self.files)))
             self.say("drop", name)
             os.unlink(os.path.join(self.top, name))
@@ -141,9 +146,9 @@ class Load:
         self.rng.choices(kinds, (50, 15, 25, 10))[0]()
 
 
-def main(directory: str, log: str, name: str, seed: str, seconds: str = "inf") -> int:
+def main(directory: str, log: str, name: str, seed: str, seconds: str, keep: str = "") -> int:
     """Write until it fails or the time is over; that it failed is no error."""
-    load = Load(directory, log, name, int(seed))
+    load = Load(directory, log, name, int(seed), keep == "keep")
     deadline = time.monotonic() + float(seconds)
     try:
         while time.monotonic() < deadline:

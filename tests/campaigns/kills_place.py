@@ -26,6 +26,8 @@ from campaigns import kills_load
 
 #: Seconds after which whatever was started hangs.
 BOUND = 30.0
+#: The same for a command that has nothing to wait for.
+AT_ONCE = 15.0
 MEBIBYTES = 40
 LOADS = ("big-0", "big-1")
 PROGRAM = Path(sys.executable).parent / "extsnap"
@@ -115,11 +117,13 @@ class Prepared:
     """An image with snapshots, made once for a part.
 
     Attributes:
+        kind: Of filesystem.
         image: At rest.
         copies: Whole copies, taken right after each snapshot, by its name.
         exports: What ``export`` writes of each.
     """
 
+    kind: str
     image: Path
     copies: dict[str, Path]
     exports: dict[str, str]
@@ -249,15 +253,18 @@ class Place:
         image = make_volume(where / "disk.img", kind, MEBIBYTES, "-b", str(block), "-m", "0", files=files)
         copies, exports = {}, {}
         for name in ("one", "two"):
-            self.extsnap("create", image, name)
+            with extsnap.open(image) as volume:
+                volume.create(name)
             copies[name] = oracle.copy_image(image, where / f"{name}.copy")
             self.extsnap("run", image, "--", "debugfs", "-w", "-R", f"rm /old-{1 if name == 'one' else 2}", "{}")
         for name in copies:
-            self.extsnap("export", image, name, where / "out")
-            oracle.assert_clean(where / "out")
-            exports[name] = oracle.sha256(where / "out")
-            (where / "out").unlink()
-        self.prepared = Prepared(image, copies, exports)
+            out = where / "out"
+            with extsnap.open(image, writable=False) as volume:
+                volume.verb("export", name=name, out=str(out))
+            oracle.assert_clean(out)
+            exports[name] = oracle.sha256(out)
+            out.unlink()
+        self.prepared = Prepared(kind, image, copies, exports)
         return self.prepared
 
     @contextlib.contextmanager
@@ -352,9 +359,9 @@ class Place:
 
     def load(self, name: str, seed: int, seconds: float = float("inf")) -> subprocess.Popen[str]:
         """Start a load on the mount."""
-        return self.start(
-            sys.executable, kills_load.__file__, self.mount, self.log(name), name, str(seed), str(seconds)
-        )
+        kind = self.prepared.kind if self.prepared is not None else ""
+        words = (self.mount, self.log(name), name, str(seed), str(seconds), "keep" if kind == "ext2" else "")
+        return self.start(sys.executable, kills_load.__file__, *words)
 
     def lines(self) -> int:
         """How far the loads are."""
