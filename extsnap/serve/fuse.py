@@ -532,8 +532,9 @@ class FuseFiles:
         if node in (ROOT_NODE, SNAPSHOTS_NODE):
             raise _Refused(errno.EISDIR)
         known = self._nodes.get(node)
-        if known is None or self._by_name.get(known.name) is not known:
-            raise _Refused(errno.ESTALE)  # the kernel looks the name up again
+        # Between the lookup and this there may have been commands: what counts is what the name means now.
+        if known is None or self._snapshot(known.name) is not known:
+            raise _Refused(errno.ESTALE)  # the kernel looks the name up again, but only once
         if writing:
             raise _Refused(errno.EROFS)
         if known.view is None:

@@ -79,7 +79,9 @@ class ServedSnapshot:
             yield offset, self.pread(offset, count)
 
 
-def export(client: ControlClient, image: str, directory: str, name: str, out: str, *, force: bool) -> dict[str, Any]:
+def export(
+    client: ControlClient, image: str, directory: str, name: str, out: str, *, force: bool = False
+) -> dict[str, Any]:
     """Export a snapshot of a served volume; the same answer as the verb gives.
 
     Raises:

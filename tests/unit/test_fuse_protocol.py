@@ -353,6 +353,13 @@ def test_a_name_used_again_is_another_node(kernel: Kernel, volume: Volume) -> No
     assert kernel.read(new, 0, 100) == (0, b"7" * 100)
 
 
+def test_a_command_between_lookup_and_open(kernel: Kernel) -> None:
+    node, _ = kernel.lookup(fuse.SNAPSHOTS_NODE, "one")
+    kernel.files.snapshots_changed()
+    assert kernel.open(node) == (0, fuse.FOPEN_KEEP_CACHE)
+    assert kernel.files.open_views() == ["one"]
+
+
 def test_damaged_copies_fail_the_read(kernel: Kernel, volume: Volume) -> None:
     volume.views["bad"] = (9, b"broken" + bytes(4090))
     node, _ = kernel.lookup(fuse.SNAPSHOTS_NODE, "bad")
