@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from extsnap.cli import inspection, output, serving, snapshots, transfer
+from extsnap.cli import inspection, interruptible, output, serving, snapshots, transfer
 from extsnap.cli.failure import INTERRUPTED, REFUSED, USAGE, Failed, OutputClosed, describe
 from extsnap.cli.options import Command, Version
 from extsnap.errors import ExtsnapError
@@ -140,6 +140,8 @@ def _usage_line(error: Exception) -> str:
     message = " ".join(str(formatted()).replace("Value error, ", "").split()).rstrip(".")
     return f"{message[:1].lower()}{message[1:]}; see {path} --help"
 
+
+interruptible(by_exception=True)
 
 if __name__ == "__main__":
     sys.exit(main())
