@@ -48,7 +48,7 @@ def detach(
     target: Annotated[
         str, typer.Argument(metavar="IMAGE|DIR", help="The image, or where it is attached.", show_default=False)
     ],
-    force: Annotated[bool, typer.Option("--force", help="Also while it is in use.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also in use: unmount and detach what stands on it.")] = False,
     partition: Partition = None,
     as_json: Json = False,
     version: Version = False,

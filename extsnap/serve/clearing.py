@@ -118,6 +118,11 @@ def _partitions(loop: Loop) -> dict[str, str]:
     return found
 
 
+def loop_below(device: str) -> Loop | None:
+    """The loop device that is a device ("major:minor") or has it as a partition."""
+    return next((loop for loop in mounting.loops() if device in (loop.device, *_partitions(loop).values())), None)
+
+
 def take_off(directory: Mount, tell: Tell) -> None:
     """Unmount and detach what stands on a served directory; what is busy is detached lazily.
 

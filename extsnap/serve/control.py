@@ -210,8 +210,10 @@ def clean_up_after(record: Record) -> bool:
     """Take away the mount and the private directory of a server that is gone, if nothing stands on it.
 
     Returns False if something does: only as long as the directory is there can it be seen what, and
-    ``detach --force`` take it off.
+    ``detach --force`` take it off.  A directory where another server serves now is that one's.
     """
+    if any(other.directory == record.directory and _lives(other.pid) for _, other in records()):
+        return True
     found = mounting.fuse_mount_at(record.directory)
     if found is not None and found.source == record.image:
         if clearing.above(found):
@@ -279,10 +281,13 @@ def _bury(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> None:
-    """Keep the record of a server that is gone beside that of its successor, if it is still needed."""
+def set_aside(path: Path, taken: str = "") -> None:
+    """Keep the record of a server that is gone beside that of its successor, if it is still needed.
+
+    ``taken``: where the successor serves, who has no record yet.
+    """
     record = Record.load(path)
-    if record is not None and not clean_up_after(record):
+    if record is not None and record.directory != taken and not clean_up_after(record):
         path.rename(path.with_suffix(f".{record.pid}.json"))
 
 

@@ -216,7 +216,7 @@ class Server:
             return
         self._socket_path, self._record_path = path, path.with_suffix(".json")
         with control.alone(path.parent):
-            control.set_aside(self._record_path)
+            control.set_aside(self._record_path, config.directory)
             record.save(self._record_path)
             self._listener = control.listen(path)
         self._most_clients = _most_clients()

@@ -352,8 +352,11 @@ def _directory_at(path: str) -> mounting.Mount | None:
     found = mounting.mount_at(path)
     if found is None or found.fstype == mounting.FSTYPE:
         return found
-    backing = next((loop.backing for loop in mounting.loops() if loop.device == found.device), found.source)
-    return _directory_of(backing)
+    below = clearing.loop_below(found.device)
+    directory = _directory_of(below.backing if below is not None else found.source)
+    if directory is None or found.number not in {mount.number for mount in clearing.above(directory).mounts}:
+        return None
+    return directory
 
 
 def _directory_of(file: str) -> mounting.Mount | None:

@@ -14,7 +14,7 @@ import disks
 import pytest
 from arena import make_volume
 from campaigns import kills
-from campaigns.kills_place import AT_ONCE, Place, alive, finished, place, until
+from campaigns.kills_place import AT_ONCE, PROGRAM, Place, alive, finished, place, until
 from campaigns.report import short_form
 
 import extsnap
@@ -109,8 +109,11 @@ def test_a_loop_device_over_a_file_that_the_directory_hides_stays(at: Place) -> 
         at.extsnap("attach", at.image, at.served)
         at.extsnap("mount", at.image, at.mount)
         kill_server(at)
+        at.command("mount", loop, at.second)
+        assert "is not served" in at.extsnap("detach", "--force", at.second, status=1).err
         done = at.extsnap("detach", "--force", at.served)
         assert loop not in done.err, str(done)
+        at.command("umount", at.second)
         assert at.loops() == [f"{loop} on {hidden}"]
     finally:
         at.command("losetup", "-d", loop)
@@ -133,7 +136,7 @@ def test_partitions_of_a_loop_device_over_the_served_disk(at: Place) -> None:
     kill_server(at)
     refused = at.extsnap("detach", at.image, status=1)
     assert str(at.mount) in refused.err, str(refused)
-    at.extsnap("detach", "--force", at.image)
+    at.extsnap("detach", "--force", at.mount)
     at.assert_nothing_left()
 
 
@@ -239,6 +242,20 @@ def test_the_runtime_directory_is_swept(at: Place) -> None:
     assert sorted(path.name for path in at.runtime.iterdir()) == sorted(kept)
     os.killpg(holder.pid, signal.SIGKILL)
     finished(holder)
+
+
+def test_an_old_record_does_no_harm_to_who_serves_there_now(at: Place) -> None:
+    record = '{"pid": 999999999, "directory": "%s", "image": "%s", "private": false, "offset": 0}'
+    (at.runtime / "1-5.9.json").write_text(record % (at.served, at.image))
+    process = at.start(PROGRAM, "attach", "--foreground", at.image, at.served)
+    volume = at.served / "volume"
+    until(lambda: volume.exists() or process.poll() is not None, "it does not serve", pids=[process.pid])
+    other = make_volume(at.top / "out/other.img", "ext4", 8)
+    at.extsnap("run", other, "--", "true")
+    assert not (at.runtime / "1-5.9.json").exists()
+    assert volume.exists()
+    at.extsnap("detach", at.served)
+    assert finished(process).status == 0
 
 
 def test_a_killed_export_leaves_no_file(at: Place) -> None:
