@@ -189,6 +189,12 @@ def log_path(key: ImageKey) -> Path:
     return runtime_directory() / f"{key}.log"
 
 
+def records() -> list[Record]:
+    """What servers have left beside their sockets, those that live and those that are gone."""
+    paths = [path for place in _candidates() if _is_ours(place) for path in sorted(place.glob("*.json"))]
+    return [record for record in map(Record.load, paths) if record is not None]
+
+
 def clean_up_after(record: Record) -> None:
     """Take away the mount and the private directory of a server that is gone."""
     found = mounting.fuse_mount_at(record.directory)

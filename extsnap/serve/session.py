@@ -23,6 +23,8 @@ from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from extsnap.blockdev.image import ImageFile
+from extsnap.blockdev.inuse import writers
 from extsnap.errors import (
     ExtsnapError,
     ImageReadOnly,
@@ -368,6 +370,12 @@ def detach(image_or_directory: str, *, force: bool = False, partition: int | Non
     if served is None:
         found = mounting.fuse_mount_at(os.path.realpath(image_or_directory))
         if dead is None:
+            other = _served_otherwise(image_or_directory, partition)
+            if other is not None:
+                raise ServerError(
+                    f"{image_or_directory} is served at {other.directory} by the path {other.image} (pid {other.pid})",
+                    hint=f"run extsnap detach {other.directory}",
+                )
             raise ServerError(f"{image_or_directory} is not served", hint="extsnap attach serves it")
         if found is not None and _is_dead(found.point):
             mounting.fuse_abort(found.point)
@@ -385,6 +393,16 @@ def detach(image_or_directory: str, *, force: bool = False, partition: int | Non
     finally:
         if pidfd is not None:
             os.close(pidfd)
+
+
+def _served_otherwise(image: str, partition: int | None) -> control.Record | None:
+    """The server that has the volume through another device: a loop device over the file, a partition's node."""
+    if os.path.isdir(image):
+        return None
+    place = _place(image, partition)
+    with ImageFile(place.path, start=place.offset, length=place.length) as found:
+        processes = set(writers(found))
+    return next((record for record in control.records() if record.pid in processes), None)
 
 
 def _is_dead(directory: str) -> bool:

@@ -217,6 +217,8 @@ def test_reading_by_another_device_what_is_being_written(place: Place, image: Pa
             refused = place.extsnap(*command, device, *more, ok=False)
             assert refused.status == 1
             assert f"in use by extsnap in process {server}" in refused.err
+        refused = place.extsnap("detach", device, ok=False)
+        assert f"served at {place.top}/served by the path {image} (pid {server})" in refused.err
     place.extsnap("detach", image)
     with loop(image) as device:
         place.extsnap("attach", device, place.top / "served")
