@@ -513,6 +513,20 @@ def require_free(image: ImageFile, *, serving: bool = False) -> None:
         raise _refusal(image.path, found)
 
 
+def writers(image: ImageFile) -> Iterator[int]:
+    """The processes of extsnap that write these bytes, through this file or device or another one."""
+    locks = list(write_locks())
+    if not locks:
+        return
+    span = Span(image.key, image.start, image.start + image.size if image.is_range else sys.maxsize)
+    stack = _Stack(_blocks("/sys", by_name=False), [])
+    lowest = [span, *(lower for lower, _ in stack.below(span))]
+    same = [reached for lower in lowest for reached in stack.above(lower)]
+    for process, status, start, end in locks:
+        if any(Span(_key_of(status), start, end).meets(other) for other in same):
+            yield process
+
+
 def require_unwritten(image: ImageFile) -> None:
     """Refuse to read an image that another extsnap writes through another device, which has a lock of its own.
 
@@ -522,19 +536,11 @@ def require_unwritten(image: ImageFile) -> None:
     Raises:
         VolumeBusy: Names who writes it.
     """
-    writers = list(write_locks())
-    if not writers:
-        return
-    span = Span(image.key, image.start, image.start + image.size if image.is_range else sys.maxsize)
-    stack = _Stack(_blocks("/sys", by_name=False), [])
-    lowest = [span, *(lower for lower, _ in stack.below(span))]
-    same = [reached for lower in lowest for reached in stack.above(lower)]
-    for process, status, start, end in writers:
-        if any(Span(_key_of(status), start, end).meets(other) for other in same):
-            raise VolumeBusy(
-                f"{image.path} is in use by extsnap in process {process}",
-                hint="wait for it, or end it with extsnap detach",
-            )
+    for process in writers(image):
+        raise VolumeBusy(
+            f"{image.path} is in use by extsnap in process {process}",
+            hint="wait for it, or end it with extsnap detach",
+        )
 
 
 def busy(path: str, span: Span) -> VolumeBusy:

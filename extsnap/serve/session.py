@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from extsnap.blockdev.image import ImageFile
+from extsnap.blockdev.inuse import writers
 from extsnap.errors import (
     ExtsnapError,
     ImageNotFound,
@@ -431,6 +433,12 @@ def detach(image_or_directory: str, *, force: bool = False, partition: int | Non
         return True
     if missing is not None:
         raise missing
+    other = _served_otherwise(image_or_directory, partition)
+    if other is not None:
+        raise ServerError(
+            f"{image_or_directory} is served at {other.directory} by the path {other.image} (pid {other.pid})",
+            hint=f"run extsnap detach {other.directory}",
+        )
     raise ServerError(f"{image_or_directory} is not served", hint="extsnap attach serves it")
 
 
@@ -474,6 +482,16 @@ def _end(client: ControlClient, hello: dict[str, Any], force: bool) -> bool:
     finally:
         if pidfd is not None:
             os.close(pidfd)
+
+
+def _served_otherwise(image: str, partition: int | None) -> control.Record | None:
+    """The server that has the volume through another device: a loop device over the file, a partition's node."""
+    if os.path.isdir(image):
+        return None
+    place = _place(image, partition)
+    with ImageFile(place.path, start=place.offset, length=place.length) as found:
+        processes = set(writers(found))
+    return next((record for _, record in control.records() if record.pid in processes), None)
 
 
 # ---- mount and umount

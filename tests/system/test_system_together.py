@@ -117,8 +117,14 @@ def test_more_clients_than_there_is_place_for(place: Place, image: Path) -> None
     crowd = [connection(image) for _ in range(20)]
     try:
         began, used = time.monotonic(), _cpu_seconds(server)
-        listed = place.extsnap("list", "--json", image)
-        assert listed.status == 0
+        late = place.start("list", "--json", image)
+        try:
+            late.ready()
+            late.go(0)
+            assert until(lambda: late.process.poll() is not None, 30), "one who asks is not served"
+            assert late.end().status == 0
+        finally:
+            late.kill()
         assert _cpu_seconds(server) - used < 0.5 * (time.monotonic() - began) + 0.5, "the server spins"
         # What it has to do for a command of its own it still can: who has the directory open, and the unmount.
         held = os.open(place.top / "served" / "volume", os.O_RDONLY)
@@ -217,6 +223,8 @@ def test_reading_by_another_device_what_is_being_written(place: Place, image: Pa
             refused = place.extsnap(*command, device, *more, ok=False)
             assert refused.status == 1
             assert f"in use by extsnap in process {server}" in refused.err
+        refused = place.extsnap("detach", device, ok=False)
+        assert f"served at {place.top}/served by the path {image} (pid {server})" in refused.err
     place.extsnap("detach", image)
     with loop(image) as device:
         place.extsnap("attach", device, place.top / "served")
