@@ -5,6 +5,8 @@ are still read from the cache, a later flush succeeds, and the medium never gets
 the next one writes again what was written since the last good one, and only then asks the host.
 
 What a process that ended after a failed flush left in the cache is out of reach: nobody knows what it had written.
+So who opens a volume that was not closed has it read from the medium (`Durable.reread`) before anything of it is
+believed: what never got there is then not there, as after a power cut.
 """
 
 from __future__ import annotations
@@ -81,6 +83,16 @@ class Durable:
             raise OSError(errno.ENOSPC, "the size of this device is fixed")
         resize(size)
         self._written = {piece for piece in self._written if piece << _BITS < size}
+
+    def reread(self) -> None:
+        """Have the host forget what it remembers of the medium, where it has something to forget.
+
+        Raises:
+            OSError: It could not write out what it has.
+        """
+        reread = getattr(self.below, "reread", None)
+        if reread is not None:
+            reread()
 
     def flush(self) -> None:
         """Barrier; after one that failed, what was written since the last good one is written again first.

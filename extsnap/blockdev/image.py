@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -288,6 +289,22 @@ class ImageFile:
             self._early.settled()
         except OSError as error:
             raise _failure(error, "flushing", self.path, 0) from error
+
+    def reread(self) -> None:
+        """Have what is read from here on come from the medium, not from what the host remembers of it.
+
+        A flush that failed leaves content in the host's cache that the medium never got, and the next flush, of
+        whoever it is, succeeds: see `extsnap.blockdev.durable`.  Dirty pages, as a killed process leaves them, are
+        written out first; clean ones are dropped.  A host in memory (tmpfs) has no other medium, and keeps all.
+
+        Raises:
+            OSError: The host could not write out what it has.
+        """
+        self.flush()
+        # Whole pages, or those at the ends of a partition would be kept.
+        low = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+        high = -(-(self.start + self.size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.posix_fadvise(self._descriptor, low, high - low, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> ImageFile:
         return self

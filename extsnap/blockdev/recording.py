@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,8 @@ SECTOR = 512
 SUPERBLOCK_BYTES = 1024
 #: Seeds of the two states that are no matter of chance: all that was issued is there; only what was flushed is.
 EVERYTHING, NOTHING = -1, -2
+#: What stands in a buffer behind a short read: neither zeros nor what is on the device.
+NEVER_READ = b"\xa5"
 #: Offsets of the superblocks that a volume surely has: the primary.
 PRIMARY = (1024,)
 
@@ -304,7 +307,8 @@ class FaultyDevice:
     Args:
         device: The device below.
         fail_at: Which operation fails, counted from 1; 0 for none, which is how to count them.
-        kind: "EIO" or "ENOSPC": nothing is done.  "short": a write or punch does its first half, then EIO.
+        kind: "EIO" or "ENOSPC": nothing is done.  "short": a write or punch does its first half, then EIO; a read
+            fills its first half, and what is behind it is not to be used.
             "gone": EIO, for this and every later operation, reads included: a cable pulled.
             "lost": of flushes: EIO, and what was written since the last one stays in the host's cache, where it is
             read, but by chance never reaches the medium, although later flushes succeed: what Linux does.
@@ -313,7 +317,8 @@ class FaultyDevice:
         rng: Decides what is lost.
 
     Attributes:
-        count: Operations so far.
+        count: Operations so far that may fail.
+        counts: Operations so far of every kind.
         failures: How many of them failed.
         size: Bytes.
     """
@@ -337,6 +342,7 @@ class FaultyDevice:
         self._operations = frozenset(operations)
         self._superblocks = sorted(superblocks)
         self.count = 0
+        self.counts: Counter[OperationKind] = Counter()
         self.failures = 0
         self.size = device.size
 
@@ -372,6 +378,7 @@ class FaultyDevice:
     def _fails(self, operation: OperationKind) -> bool:
         """Count one operation; true if it is to fail."""
         gone = self._kind == "gone" and self.failures > 0
+        self.counts[operation] += 1
         if operation in self._operations:
             self.count += 1
             gone = gone or self.count == self._fail_at
@@ -399,6 +406,10 @@ class FaultyDevice:
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Read from the device below, or fail."""
         if self._fails("read"):
+            if self._kind == "short":
+                half = len(buffer) // 2
+                self._device.readinto(offset, buffer[:half])
+                buffer[half:] = NEVER_READ * (len(buffer) - half)
             raise self._error("read", offset, len(buffer))
         self._device.readinto(offset, buffer)
 
@@ -433,6 +444,13 @@ class FaultyDevice:
             return False
         self._touch(target, length)
         return self._device.clone(source, target, length)
+
+    def reread(self) -> None:
+        """Flush, and read from the medium: what was lost is no longer there."""
+        self.flush()
+        for at, old in self._never_written.items():
+            self._device.pwrite(at, old)
+        self._never_written.clear()
 
     def flush(self) -> None:
         """Flush the device below, or fail: then nothing is promised of what came before."""

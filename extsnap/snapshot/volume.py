@@ -162,7 +162,7 @@ class Volume:
         self.random_bytes = random_bytes
         self._clock = clock
         self._device = Durable(device)
-        self.medium = Medium(device)
+        self.medium = Medium(self._device)
         self.store: Store | None = None
         self.engine: Engine | None = None
         self.serving = False
@@ -176,6 +176,10 @@ class Volume:
         self._lost = False  # a failed reload: without the engine nothing would be copied
         self._deferred: Deferred | None = None  # a repair: whole or not at all
         self._repair: Medium | None = None  # the same with superblocks as the medium below shows them
+        if writable and self.medium.state.mark:
+            # It was not closed.  Copies and batches that are only in the host's cache, because the flush that was to
+            # make them durable failed, would be taken for durable, and the next overwrite is then the end of both.
+            self._device.reread()
         self._load()
         if writable:
             self._recover()

@@ -24,7 +24,7 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -336,9 +336,18 @@ class Recorded:
         except Exception as error:
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
-    def judge_content(self, content: bytes, step: Step, *, base: bytes | None = None) -> None:
-        """Require of a medium that a failed command left what is required after a cut; ``base`` if it is known."""
-        events = [Event(0, 0, True, 0, base)] if base is not None else []
+    def judge_content(
+        self, content: bytes, step: Step, *, base: bytes | None = None, since: Sequence[Event] = ()
+    ) -> None:
+        """Require of a medium that a failed command left what is required after a cut.
+
+        Args:
+            content: The medium.
+            step: The command.
+            base: What of the base volume is durable, if it is known.
+            since: Writes that may be there too.
+        """
+        events = [Event(0, 0, True, 0, base), *since] if base is not None else []
         step = replace(step, events=events)
         self._recovered(MemoryDevice(content), content, step, lambda found: self._require_flushed(found, step, 0))
 

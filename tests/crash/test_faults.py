@@ -13,10 +13,10 @@ from dataclasses import replace
 import lab
 import numpy as np
 import pytest
-from campaigns.faults import CAMPAIGN
+from campaigns.faults import CAMPAIGN, replay, tries
 from campaigns.power import life_of
 from campaigns.recorded import BLOCK, EVERYTHING, Recorded, Step, put_below
-from campaigns.report import short_form
+from campaigns.report import Report, short_form
 
 from extsnap.blockdev.recording import FaultKind, FaultyDevice, MemoryDevice
 from extsnap.errors import ExtsnapError
@@ -38,6 +38,17 @@ def before(life: Recorded, name: str) -> tuple[Step, bytes]:
 @pytest.mark.parametrize("part", CAMPAIGN.parts)
 def test_an_operation_that_fails(part: str) -> None:
     short_form(CAMPAIGN, part)
+
+
+@pytest.mark.parametrize("command", ["growth", "undo", "restore without safety"])
+def test_what_a_failed_flush_lost_is_not_believed_by_the_next_process(command: str) -> None:
+    """It finds copies in the host's cache that the medium never got, and must not overwrite what they are of."""
+    report = Report(CAMPAIGN.name, 0)
+    total = tries("ext2")[command, "outlived"]
+    for fail_at in range(1, total + 1):
+        replay(report, f"ext2:{command}:outlived:{fail_at}")
+    assert total > 5
+    assert not report.failures, report.failures
 
 
 @pytest.mark.parametrize("kind", ["EIO", "ENOSPC", "short"])
