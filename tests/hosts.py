@@ -20,6 +20,18 @@ HOSTS: dict[str, tuple[list[str], int]] = {
     "btrfs": (["mkfs.btrfs", "-q", "-f"], 300),
 }
 
+# mkfs.btrfs looks at the file behind every loop device that is mounted, and gives up at one whose server is dead, which
+# another test may have on purpose just now: in a mount namespace of its own it does not see them.
+ALONE = (
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    'while read -r source point rest; do case $source in /dev/loop*) umount --lazy "$point" ;; esac; done '
+    '</proc/self/mounts; exec "$@"',
+    "sh",
+)
+
 
 def sh(*command: str | os.PathLike[str]) -> str:
     """Run a command that must succeed, and return what it printed."""
@@ -78,7 +90,7 @@ def host(kind: str, top: Path, mebibytes: int) -> Iterator[Path]:
         backing = top / f"host-{kind}.img"
         with backing.open("wb") as file:
             file.truncate(size * MIB)
-        sh(*command, backing)
+        sh(*ALONE, *command, backing)
         mount = ["mount", "-o", "loop", backing, point]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
