@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 HOLE_BYTES = 4096
 
 
+class NotWritten(OSError):
+    """Writing to the new file failed; ``strerror`` says what was tried, and at which byte."""
+
+
 def export(volume: Volume, name: str, out: str, *, force: bool = False) -> int:
     """Write the view of ``name`` to the new sparse file ``out``; returns its size in bytes.
 
@@ -28,6 +33,7 @@ def export(volume: Volume, name: str, out: str, *, force: bool = False) -> int:
 
     Raises:
         ExtsnapError: ``out`` exists and ``force`` was not given, or is not a place for a file.
+        OSError: ``out`` cannot be written, or the image not be read: names which, the operation and the byte.
     """
     entry = volume.find(name)
     exists = os.path.lexists(out)
@@ -39,7 +45,10 @@ def export(volume: Volume, name: str, out: str, *, force: bool = False) -> int:
         raise ExtsnapError(f"{out} is the image itself", hint="name another file to write to")
     with _new_file(out, force) as descriptor:
         write_image(volume, entry.name, descriptor)
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise NotWritten(error.errno, "flushing") from error
     return entry.volume_bytes
 
 
@@ -69,11 +78,31 @@ def _new_file(out: str, replace: bool) -> Iterator[int]:
             named = True
         os.replace(partial, out)
         named = False
+    except NotWritten as error:  # not the image, which has errors of its own
+        number = error.errno or errno.EIO
+        raise OSError(number, f"{error.strerror} of {out} failed: {os.strerror(number)}") from error
     finally:
         os.close(descriptor)
         if named:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
+
+
+def _write(descriptor: int, data: Buffer, offset: int) -> None:
+    """Write all of ``data``: a filesystem that gets full takes what it has room for, and fails the next time.
+
+    Raises:
+        NotWritten: It took no more.
+    """
+    view, at = memoryview(data), offset
+    try:
+        while view:
+            done = os.pwrite(descriptor, view, at)
+            if not done:
+                raise OSError(errno.ENOSPC, "no progress")
+            view, at = view[done:], at + done
+    except OSError as error:
+        raise NotWritten(error.errno, f"writing {len(data)} bytes at byte {offset}") from error
 
 
 def _link(descriptor: int, name: str) -> None:
@@ -90,7 +119,7 @@ def write_image(volume: Volume, name: str, descriptor: int) -> None:
         _write_sparse(descriptor, offset, data)
     size = volume.block_size
     for block, content in sorted(changes.items()):
-        os.pwrite(descriptor, content[: view.size - block * size], block * size)
+        _write(descriptor, content[: view.size - block * size], block * size)
 
 
 def without_store(volume: Volume, view: View) -> dict[int, bytes]:
@@ -113,9 +142,9 @@ def _write_sparse(descriptor: int, offset: int, data: bytes) -> None:
         piece = view[at : at + HOLE_BYTES]
         if piece == zero[: len(piece)]:
             if start is not None:
-                os.pwrite(descriptor, view[start:at], offset + start)
+                _write(descriptor, view[start:at], offset + start)
                 start = None
         elif start is None:
             start = at
     if start is not None:
-        os.pwrite(descriptor, view[start:], offset + start)
+        _write(descriptor, view[start:], offset + start)
