@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from extsnap.blockdev.base import ReadableDevice
+from extsnap.blockdev.base import Buffer, ReadableDevice
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 #: Zeros of at least this length become holes.
 HOLE_BYTES = 4096
+
+
+class NotWritten(OSError):
+    """Writing to the new file failed; ``strerror`` says what was tried, and at which byte."""
 
 
 class Source(ReadableDevice, Protocol):
@@ -49,6 +53,7 @@ def new_file(out: str, image: str, *, force: bool = False) -> Iterator[int]:
 
     Raises:
         ExtsnapError: ``out`` exists and ``force`` was not given, or is not a place for a file.
+        OSError: ``out`` cannot be written: names it, the operation and the byte.
     """
     exists = os.path.lexists(out)
     if exists and not force:
@@ -68,7 +73,10 @@ def new_file(out: str, image: str, *, force: bool = False) -> Iterator[int]:
         named = True
     try:
         yield descriptor
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise NotWritten(error.errno, "flushing") from error
         try:
             if named and force:
                 os.replace(partial, out)
@@ -82,11 +90,31 @@ def new_file(out: str, image: str, *, force: bool = False) -> Iterator[int]:
             named = True
             os.replace(partial, out)
             named = False
+    except NotWritten as error:  # not the image, which has errors of its own
+        number = error.errno or errno.EIO
+        raise OSError(number, f"{error.strerror} of {out} failed: {os.strerror(number)}") from error
     finally:
         os.close(descriptor)
         if named:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
+
+
+def _write(descriptor: int, data: Buffer, offset: int) -> None:
+    """Write all of ``data``: a filesystem that gets full takes what it has room for, and fails the next time.
+
+    Raises:
+        NotWritten: It took no more.
+    """
+    view, at = memoryview(data), offset
+    try:
+        while view:
+            done = os.pwrite(descriptor, view, at)
+            if not done:
+                raise OSError(errno.ENOSPC, "no progress")
+            view, at = view[done:], at + done
+    except OSError as error:
+        raise NotWritten(error.errno, f"writing {len(data)} bytes at byte {offset}") from error
 
 
 def _exists_already(out: str) -> ExtsnapError:
@@ -119,7 +147,7 @@ def write_image(source: Source, block_size: int, created: int, descriptor: int) 
     for offset, data in source.pieces():
         _write_sparse(descriptor, offset, data)
     for block, content in sorted(changes.items()):
-        os.pwrite(descriptor, content[: source.size - block * block_size], block * block_size)
+        _write(descriptor, content[: source.size - block * block_size], block * block_size)
 
 
 def without_store(source: ReadableDevice, block_size: int, created: int) -> dict[int, bytes]:
@@ -142,9 +170,9 @@ def _write_sparse(descriptor: int, offset: int, data: bytes) -> None:
         piece = view[at : at + HOLE_BYTES]
         if piece == zero[: len(piece)]:
             if start is not None:
-                os.pwrite(descriptor, view[start:at], offset + start)
+                _write(descriptor, view[start:at], offset + start)
                 start = None
         elif start is None:
             start = at
     if start is not None:
-        os.pwrite(descriptor, view[start:], offset + start)
+        _write(descriptor, view[start:], offset + start)

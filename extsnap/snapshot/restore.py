@@ -97,7 +97,8 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             store.commit()
     except Exception:
         volume._back_to_rest()
-        if grown and not volume.serving:
+        # A barrier that failed may still have made the intent durable: then the next open restores.
+        if grown and not volume.serving and volume.require_store().root.restore is None:
             edit.shrink(volume, grown)
             volume.settle()
         raise

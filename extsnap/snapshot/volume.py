@@ -490,6 +490,8 @@ class Volume:
         store = self.require_store()
         if mark and self.medium.state.mark:
             return
+        if not mark and (store.root.pending is not None or store.root.restore is not None):
+            return  # without the mark nobody would finish it
         guard = self.medium.state.guard
         if not mark:
             guard = self.guard_wanted and bool(self.require_engine().snapshots)
