@@ -31,11 +31,13 @@ def test_what_a_failed_flush_lost_is_written_again(seed: int) -> None:
         if number == fail_at:
             with pytest.raises(OSError):
                 device.flush()
-            assert device.pread(0, size) == content, "it is read from the cache all the same"
+            there = device.pread(0, size) == content
+            assert there, "it is read from the cache all the same"
             lost = faulty.medium_after_power_cut() != content
         else:
             device.flush()
-            assert faulty.medium_after_power_cut() == content, "a flush succeeded, and not all of it is there"
+            there = faulty.medium_after_power_cut() == content  # for pytest to compare them would take minutes
+            assert there, "a flush succeeded, and not all of it is there"
     assert lost or seed, "the first one loses something: else this shows nothing"
 
 
