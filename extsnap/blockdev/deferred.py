@@ -1,10 +1,8 @@
 """A device whose writes wait in scratch files until all of them are let through, in their order, or dropped.
 
 For commands that must happen whole or not at all, like the repair of a filesystem: how many blocks it writes is
-known when it has ended.  Two files without a name hold what was written:
-
-    image   sparse, as large as the device: the latest content, for reading
-    log     every write, punch and barrier in order, for `let_through`
+known when it has ended.  The latest content is a `Scratch`; a second file without a name, the log, has every write,
+punch and barrier in order, for `let_through`.
 
 The order is kept, barriers included, because what stands above relies on it: a journal is replayed, made durable,
 and only then emptied.  Nothing here lasts longer than the process: a flush is acknowledged and becomes true later.
@@ -18,11 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-import numpy as np
-
-from extsnap.arrays import Bits, runs_of, set_positions, set_runs
 from extsnap.blockdev.base import Buffer, Device
-from extsnap.blockdev.image import ImageFile
+from extsnap.blockdev.scratch import Scratch
 from extsnap.errors import ExtsnapError
 
 _ENTRY = struct.Struct("<BQQ")  # what, offset, length; the data follows a write
@@ -31,27 +26,21 @@ _WRITE, _PUNCH, _FLUSH = range(3)
 _PIECE_BYTES = 1 << 20
 
 
-class Deferred:
+class Deferred(Scratch):
     """See the module.
-
-    Attributes:
-        size: Bytes, as below.
-        written: uint8, packed: one bit a block that was written or punched.
 
     Args:
         device: What is read below; written by `let_through` only.
         block_size: Unit of ``written``, in bytes.
+
+    Raises:
+        ExtsnapError: The scratch files cannot be made.
     """
 
     def __init__(self, device: Device, block_size: int) -> None:
-        self._device = device
-        self._block_size = block_size
-        self.size = device.size
+        super().__init__(device, block_size)
+        self._target = device
         self._blocks = (self.size + block_size - 1) // block_size
-        self.written: Bits = np.zeros((self._blocks + 7) // 8, np.uint8)
-        with tempfile.NamedTemporaryFile(prefix="extsnap-deferred-") as file:
-            file.truncate(self.size)
-            self._image = ImageFile(file.name, writable=True)
         self._log: BinaryIO = tempfile.TemporaryFile(prefix="extsnap-deferred-")  # noqa: SIM115
         self._barrier = True  # a barrier would add nothing
         self._broken = False  # a write is missing here: nothing may be let through
@@ -65,25 +54,8 @@ class Deferred:
 
     def close(self) -> None:
         """Drop what was not let through."""
-        self._image.close()
+        super().close()
         self._log.close()
-
-    # -- reading and writing ----------------------------------------------------------------------------
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """Read, with the writes so far."""
-        buffer = bytearray(length)
-        if length:
-            self.readinto(offset, memoryview(buffer))
-        return bytes(buffer)
-
-    def readinto(self, offset: int, buffer: memoryview) -> None:
-        """Read, with the writes so far."""
-        self._device.readinto(offset, buffer)
-        size, end = self._block_size, offset + len(buffer)
-        for start, count in runs_of(set_positions(self.written, offset // size, -(-end // size))).tolist():
-            low, high = max(offset, start * size), min(end, (start + count) * size)
-            self._image.readinto(low, buffer[low - offset : high - offset])
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Keep ``data``; nothing reaches the device below.
@@ -91,11 +63,9 @@ class Deferred:
         Raises:
             OSError: The scratch files have no room.
         """
-        length = len(data)
-        if offset < 0 or offset + length > self.size:
-            raise ValueError(f"write of {length} bytes at {offset} leaves the device of {self.size}")
-        if length:
-            self._record(_WRITE, offset, length, data)
+        self._require_inside(offset, len(data))
+        if len(data):
+            self._record(_WRITE, offset, len(data), data)
 
     def punch(self, offset: int, length: int) -> None:
         """Zeros."""
@@ -108,26 +78,14 @@ class Deferred:
         if not self._barrier:
             self._record(_FLUSH, 0, 0)
 
-    def _complete(self, offset: int, length: int) -> None:
-        """Bring in the rest of the first and the last block, and mark all of them as written."""
-        size, end = self._block_size, offset + length
-        first, last = offset // size, (end - 1) // size
-        for block in {first, last}:
-            whole = offset <= block * size and min((block + 1) * size, self.size) <= end
-            if not whole and not self.written[block // 8] >> block % 8 & 1:
-                self._image.pwrite(block * size, self._device.pread(block * size, min(size, self.size - block * size)))
-        set_runs(self.written, np.array([[first, last + 1 - first]], np.int64))
-
     def _record(self, what: int, offset: int, length: int, data: Buffer = b"") -> None:
         broken, self._broken = self._broken, True
         self._log.write(_ENTRY.pack(what, offset, length))
         self._log.write(data)
-        if what != _FLUSH:
-            self._complete(offset, length)
-            if what == _WRITE:
-                self._image.pwrite(offset, data)
-            else:
-                self._image.punch(offset, length)
+        if what == _WRITE:
+            super().pwrite(offset, data)
+        elif what == _PUNCH:
+            super().punch(offset, length)
         self._barrier, self._broken = what == _FLUSH, broken
 
     # -- the end ----------------------------------------------------------------------------------------
@@ -160,12 +118,12 @@ class Deferred:
         while head := self._log.read(_ENTRY.size):
             what, offset, length = _ENTRY.unpack(head)
             if what == _FLUSH:
-                self._device.flush()
+                self._target.flush()
             elif what == _PUNCH:
-                self._device.punch(offset, length)
+                self._target.punch(offset, length)
             else:
                 for low in range(0, length, _PIECE_BYTES):
                     piece = self._log.read(min(_PIECE_BYTES, length - low))
-                    self._device.pwrite(offset + low, piece)
+                    self._target.pwrite(offset + low, piece)
         self._log.seek(0, os.SEEK_END)
-        self._device.flush()
+        self._target.flush()

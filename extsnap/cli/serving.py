@@ -13,6 +13,10 @@ from extsnap.errors import ServerError
 
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="An existing directory.", show_default=False)]
 
+Scratch = Annotated[
+    bool, typer.Option("--scratch", help="With --snapshot: writable, over a layer that is thrown away at the end.")
+]
+
 _SEPARATOR = "extsnap.separator"
 
 
@@ -22,6 +26,16 @@ class RunCommand(Command):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_SEPARATOR] = "--" in args
         return super().parse_args(ctx, args)
+
+
+def require_snapshot(scratch: bool, snapshot: str | None) -> None:
+    """A throw-away layer is over a snapshot.
+
+    Raises:
+        typer.BadParameter: None was named.
+    """
+    if scratch and snapshot is None:
+        raise typer.BadParameter("name the snapshot that it is for: --snapshot NAME", param_hint="--scratch")
 
 
 def attach(
@@ -78,17 +92,23 @@ def mount(
             show_default=False,
         ),
     ] = None,
+    scratch: Scratch = False,
     partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
-    """Mount the base volume read-write, or a snapshot read-only."""
+    """Mount the base volume read-write, or a snapshot read-only.
+
+    With --scratch a snapshot can be written: what is written is thrown away at the unmount, and the snapshot stays.
+    """
+    require_snapshot(scratch, snapshot)
     with about(image):
         from extsnap.serve import session
 
-        session.mount(image, directory, snapshot=snapshot, partition=partition)
+        session.mount(image, directory, snapshot=snapshot, scratch=scratch, partition=partition)
     if as_json:
-        output.emit_json({"version": 1, "image": image, "directory": directory, "snapshot": snapshot})
+        answer = {"version": 1, "image": image, "directory": directory, "snapshot": snapshot, "scratch": scratch}
+        output.emit_json(answer)
 
 
 def umount(directory: Directory, as_json: Json = False, version: Version = False) -> None:

@@ -5,6 +5,7 @@ The served directory is small and fixed::
     volume            the base volume, read and written
     disk              the disk that it is a partition of, if it is one, read and written
     snapshots/NAME    a view of each snapshot, read-only
+    scratch/N         a view, or the volume, under a throw-away layer, read and written; there is none until asked for
 
 One request is one ``readv``, one positioned read or write of the volume, and one ``writev``; the
 buffers are allocated once and page-aligned.  ``linux/fuse.h`` is the specification; structures keep
@@ -22,6 +23,11 @@ as with any file; a write that has no room then fails at fsync or close.  Withou
 ``volume`` and ``disk`` are the same bytes under two names, which the kernel caches apart: while one is open, the
 other cannot be opened (EBUSY).
 
+A ``scratch/N`` is there from `make_scratch` until `drop_scratch`, but at least while it is open.  What is written to
+it goes to a `Scratch`, so a flush of it has nothing to do, and it neither begins to serve the volume for writing nor
+is refused where that cannot be written.  One over the base volume is for those who look at it: the volume is not
+opened for writing meanwhile.
+
 *Turns.*  ``serve_one`` handles one request and returns: the caller decides what happens between two
 requests, and nothing here starts a thread or touches the mount from above.
 """
@@ -38,7 +44,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from extsnap.errors import ExtsnapError, StoreProtected
+from extsnap.blockdev.scratch import Scratch
+from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy
 from extsnap.serve.contract import ServedView, ServedVolume
 from extsnap.serve.disk import Disk
 
@@ -81,7 +88,8 @@ KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
 _KEPT = 1 << 30  # seconds
 
-ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, DISK_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 4, 16
+ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, DISK_NODE, SCRATCH_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 4, 5, 16
+FIRST_SCRATCH_NODE = 1 << 62
 
 # The requests that would change the tree: it is ours alone.
 _TREE_CHANGES = frozenset((SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, CREATE, RENAME2, TMPFILE))
@@ -109,6 +117,23 @@ class _Node:
     lookups: int = 0
     opens: int = 0
     view: ServedView | None = None
+
+
+@dataclass
+class _Layer:
+    """A file of ``scratch``: a snapshot's view, or the base volume, under a throw-away layer.
+
+    Attributes:
+        snapshot: The snapshot's name; empty for the base volume.
+        view: What is below, and ours to close.
+        wanted: Whoever asked for it is still there.
+    """
+
+    snapshot: str
+    view: ServedView | None
+    file: Scratch
+    opens: int = 0
+    wanted: bool = True
 
 
 class FuseFiles:
@@ -174,6 +199,8 @@ class FuseFiles:
         self._heads: deque[int] = deque(maxlen=64)
         self._unreported: Exception | None = None
         self._dirty = False
+        self._layers: dict[int, _Layer] = {}
+        self._next_layer = FIRST_SCRATCH_NODE + 1
         self._nodes: dict[int, _Node] = {}
         self._by_name: dict[str, _Node] = {}
         self._listings: dict[int, list[tuple[bytes, int, int]]] = {}
@@ -213,7 +240,8 @@ class FuseFiles:
     @property
     def total_opens(self) -> int:
         """How many files of the tree are open."""
-        return self.volume_opens + sum(node.opens for node in self._nodes.values())
+        opens = [node.opens for node in self._nodes.values()] + [layer.opens for layer in self._layers.values()]
+        return self.volume_opens + sum(opens)
 
     @property
     def base_name(self) -> str:
@@ -221,21 +249,75 @@ class FuseFiles:
         return "disk" if self._base == DISK_NODE else "volume"
 
     def open_views(self) -> list[str]:
-        """Names of the snapshots whose file is open."""
-        return sorted(node.name for node in self._nodes.values() if node.opens)
+        """Names of the snapshots whose file is open, or that are under a throw-away layer."""
+        layered = {layer.snapshot for layer in self._layers.values() if layer.snapshot}
+        return sorted(layered | {node.name for node in self._nodes.values() if node.opens})
+
+    def files_of(self, name: str) -> list[str]:
+        """Which files show a snapshot."""
+        layers = [self._layer_name(number) for number, layer in self._layers.items() if layer.snapshot == name]
+        return [f"snapshots/{name}", *layers]
 
     def opens_of(self, file: str) -> int:
-        """How often ``volume`` or ``snapshots/NAME`` is open."""
+        """How often ``volume``, ``snapshots/NAME`` or ``scratch/N`` is open."""
         if file in ("volume", "disk"):
             return self.volume_opens if file == self.base_name else 0
+        if file.startswith("scratch/"):
+            return sum(layer.opens for number, layer in self._layers.items() if self._layer_name(number) == file)
         return sum(node.opens for node in self._nodes.values() if f"snapshots/{node.name}" == file)
 
     def snapshots_changed(self) -> None:
         """Forget which name means which snapshot: a command may have changed it."""
         self._by_name.clear()
 
+    def make_scratch(self, name: str, block_size: int) -> str:
+        """Put a throw-away layer over a snapshot, or over the base volume if ``name`` is empty; returns its file.
+
+        Raises:
+            VolumeBusy: The base volume is open for writing.
+            SnapshotNotFound: There is no such snapshot.
+            ExtsnapError: No scratch file can be made.
+        """
+        if name:
+            view = self._volume.open_view(name)
+            try:
+                layer = _Layer(name, view, Scratch(view, block_size))
+            except BaseException:
+                view.close()
+                raise
+        elif self.volume_write_opens:
+            raise VolumeBusy(f"{self.base_name} is open for writing", hint="unmount or close it first")
+        else:
+            layer = _Layer("", None, Scratch(self._volume, block_size))
+        number, self._next_layer = self._next_layer, self._next_layer + 1
+        self._layers[number] = layer
+        return self._layer_name(number)
+
+    def drop_scratch(self, file: str) -> None:
+        """Whoever asked for it has gone: the layer goes with the last who has it open."""
+        for number, layer in list(self._layers.items()):
+            if self._layer_name(number) == file:
+                layer.wanted = False
+                self._end_layer(number)
+
+    def _end_layer(self, number: int) -> None:
+        layer = self._layers[number]
+        if layer.wanted or layer.opens:
+            return
+        del self._layers[number]
+        layer.file.close()
+        if layer.view is not None:
+            layer.view.close()
+
+    @staticmethod
+    def _layer_name(number: int) -> str:
+        return f"scratch/{number - FIRST_SCRATCH_NODE}"
+
     def close(self) -> None:
         """Close the views that are still open (after the end of the connection)."""
+        for number, layer in list(self._layers.items()):
+            layer.wanted, layer.opens = False, 0
+            self._end_layer(number)
         for node in self._nodes.values():
             if node.view is not None:
                 view, node.view = node.view, None
@@ -344,7 +426,8 @@ class FuseFiles:
             raise _Refused(errno.EINVAL)
         base = self._bases.get(node)
         if base is None:
-            raise _Refused(errno.EBADF)
+            self._write_scratch(unique, node, offset, size)
+            return
         if not self._writable:
             raise _Refused(errno.EROFS)
         if offset + size > base.size:
@@ -359,6 +442,18 @@ class FuseFiles:
         self._ends.append(offset + size)
         if offset % mmap.PAGESIZE or size == self._max_write:
             self._heads.append(offset + size)
+        self._written(unique, size)
+
+    def _write_scratch(self, unique: int, node: int, offset: int, size: int) -> None:
+        layer = self._layers.get(node)
+        if layer is None:
+            raise _Refused(errno.EBADF)
+        if offset + size > layer.file.size:
+            raise _Refused(errno.ENOSPC)
+        layer.file.pwrite(offset, self._data[:size])
+        self._written(unique, size)
+
+    def _written(self, unique: int, size: int) -> None:
         reply = self._write_reply
         OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
         WRITE_OUT.pack_into(reply, OUT_HEADER.size, size, 0)
@@ -368,12 +463,12 @@ class FuseFiles:
         if length < len(self._head):
             raise _Refused(errno.EINVAL)
         _, offset, size, _, _, _, _ = IO_IN.unpack_from(self._head, IN_HEADER.size)
-        source: ServedVolume | ServedView | Disk | None = self._bases.get(node)
+        source: ServedVolume | ServedView | Disk | Scratch | None = self._bases.get(node)
         if source is None:
             found = self._nodes.get(node)
-            if found is None or found.view is None:
+            source = self._layers[node].file if node in self._layers else found.view if found is not None else None
+            if source is None:
                 raise _Refused(errno.EBADF)
-            source = found.view
         size = max(0, min(size, source.size - offset, self._max_write))
         OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size + size, 0, unique)
         if size:
@@ -415,8 +510,10 @@ class FuseFiles:
 
     def _attributes(self, node: int) -> bytes:
         changed = self._started
-        if node in (ROOT_NODE, SNAPSHOTS_NODE):
+        if node in (ROOT_NODE, SNAPSHOTS_NODE, SCRATCH_NODE):
             mode, links, size = stat.S_IFDIR | 0o500, 3 if node == ROOT_NODE else 2, 0
+        elif node in self._layers:
+            mode, links, size = stat.S_IFREG | 0o600, 1, self._layers[node].file.size
         elif node in self._bases:
             if self._touched:
                 self._changed, self._touched = int(time.time()), False
@@ -432,7 +529,7 @@ class FuseFiles:
 
     def _valid(self, node: int) -> int:
         """Seconds for which the kernel may keep the attributes of a node."""
-        return _KEPT if node in self._bases and self._writeback_cache else 0
+        return _KEPT if (node in self._bases or node in self._layers) and self._writeback_cache else 0
 
     def _snapshot(self, name: str) -> _Node:
         if name not in self._volume.snapshot_names():
@@ -453,9 +550,7 @@ class FuseFiles:
         raw = body.split(b"\0", 1)[0]
         number = 0
         if parent == ROOT_NODE:
-            number = {b"volume": VOLUME_NODE, b"snapshots": SNAPSHOTS_NODE, b"disk": DISK_NODE}.get(raw, 0)
-            if number == DISK_NODE and self._disk is None:
-                number = 0
+            number = next((number for name, number, _ in self._root() if name == raw), 0)
         elif parent == SNAPSHOTS_NODE:
             try:
                 node = self._snapshot(raw.decode("utf-8"))
@@ -464,6 +559,9 @@ class FuseFiles:
             self._nodes[node.number] = node
             node.lookups += 1
             number = node.number
+        elif parent == SCRATCH_NODE:
+            names = {self._layer_name(layer).encode(): layer for layer in self._layers}
+            number = names.get(b"scratch/" + raw, 0)
         if not number:
             raise _Refused(errno.ENOENT)
         return ENTRY_OUT.pack(number, 0, 0, self._valid(number), 0, 0) + self._attributes(number)
@@ -497,11 +595,14 @@ class FuseFiles:
         fields = SETATTR_IN.unpack_from(body)
         valid, size = fields[0], fields[3]
         base = self._bases.get(node)
-        if base is None or not self._writable:
+        if node in self._layers:
+            if valid & FATTR_SIZE and size != self._layers[node].file.size:
+                raise _Refused(errno.EPERM)
+        elif base is None or not self._writable:
             raise _Refused(errno.EROFS)
-        if valid & FATTR_SIZE and size < base.size:
+        elif valid & FATTR_SIZE and size < base.size:
             raise _Refused(errno.EPERM)  # the end may be what a snapshot still needs
-        if valid & FATTR_SIZE and size > base.size:
+        elif valid & FATTR_SIZE and size > base.size:
             base.grow(size)
         if valid & (FATTR_MODE | FATTR_UID | FATTR_GID):
             raise _Refused(errno.EPERM)
@@ -516,6 +617,8 @@ class FuseFiles:
             if writing:
                 if not self._writable:
                     raise _Refused(errno.EROFS)
+                if any(not layer.snapshot for layer in self._layers.values()):
+                    raise _Refused(errno.EBUSY)  # somebody looks at it as it is
                 if node == DISK_NODE and self._disk is not None:
                     self._disk.begin_writing()
                 try:
@@ -529,7 +632,10 @@ class FuseFiles:
             self._base = node
             self.volume_opens += 1
             return OPEN_OUT.pack(0, 0, 0)
-        if node in (ROOT_NODE, SNAPSHOTS_NODE):
+        if node in self._layers:
+            self._layers[node].opens += 1
+            return OPEN_OUT.pack(0, 0, 0)
+        if node in (ROOT_NODE, SNAPSHOTS_NODE, SCRATCH_NODE):
             raise _Refused(errno.EISDIR)
         known = self._nodes.get(node)
         # Between the lookup and this there may have been commands: what counts is what the name means now.
@@ -565,6 +671,10 @@ class FuseFiles:
                 if node == DISK_NODE and self._disk is not None:
                     self._disk.end_writing()
             return
+        if node in self._layers:
+            self._layers[node].opens -= 1
+            self._end_layer(node)
+            return
         known = self._nodes.get(node)
         if known is None or not known.opens:
             return
@@ -597,13 +707,18 @@ class FuseFiles:
 
     def _fallocate(self, node: int, body: bytes) -> None:
         _, offset, length, mode, _ = FALLOCATE_IN.unpack_from(body)
+        layer = self._layers.get(node)
         base = self._bases.get(node)
-        if base is None or not self._writable:
+        if layer is None and (base is None or not self._writable):
             raise _Refused(errno.EROFS)
         # Discard and write-zeroes of a loop device both arrive as 3.  One EOPNOTSUPP to them would
         # end discard on that loop device for good.
         if mode & ~FALLOC_KEEP_SIZE not in (FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
             raise _Refused(errno.EOPNOTSUPP)
+        if layer is not None:
+            layer.file.punch(offset, length)
+            return
+        assert base is not None
         if offset + length > base.size:
             if mode & FALLOC_ZERO_RANGE and not mode & FALLOC_KEEP_SIZE:
                 base.grow(offset + length)
@@ -612,14 +727,25 @@ class FuseFiles:
             self._dirty = self._touched = True
             base.punch(offset, length)
 
+    def _root(self) -> list[tuple[bytes, int, int]]:
+        """(name, number, type) of what is in the served directory."""
+        file, directory = stat.S_IFREG >> 12, stat.S_IFDIR >> 12
+        entries = [(b"volume", VOLUME_NODE, file), (b"snapshots", SNAPSHOTS_NODE, directory)]
+        if self._disk is not None:
+            entries.append((b"disk", DISK_NODE, file))
+        if self._layers:
+            entries.append((b"scratch", SCRATCH_NODE, directory))
+        return entries
+
     def _opendir(self, node: int, body: bytes) -> bytes:
         if node == ROOT_NODE:
-            entries = [(b"volume", VOLUME_NODE, stat.S_IFREG >> 12), (b"snapshots", SNAPSHOTS_NODE, stat.S_IFDIR >> 12)]
-            if self._disk is not None:
-                entries.append((b"disk", DISK_NODE, stat.S_IFREG >> 12))
+            entries = self._root()
         elif node == SNAPSHOTS_NODE:
             # The number in a listing is informative only: a lookup gives the real one.
             entries = [(name.encode("utf-8"), 0xFFFFFFFF, stat.S_IFREG >> 12) for name in self._volume.snapshot_names()]
+        elif node == SCRATCH_NODE:
+            names = [(self._layer_name(number).partition("/")[2], number) for number in self._layers]
+            entries = [(name.encode(), number, stat.S_IFREG >> 12) for name, number in names]
         else:
             raise _Refused(errno.ENOTDIR)
         handle = self._next_listing

@@ -1,35 +1,71 @@
-"""What the moment of a snapshot left to be done, told apart from damage.
+"""Judging a volume at rest or a view by e2fsck, what its moment left to be done told apart from damage.
 
 A snapshot of a mounted volume has files that were open but unlinked, and one of a crash a journal.  ``e2fsck -fn``
-does neither and complains.  So the work is done in a scratch image, by e2fsck, and what it complains of
-then is damage.  The scratch image holds the view's metadata only: it costs what e2fsck reads, whatever
-the size of the files.
+does neither and complains.  So the work is done in a throw-away layer over it, by e2fsck, and what it complains of
+then is damage.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from extsnap.blockdev.image import ImageFile
 from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
-from extsnap.ext.orphans import orphan_file_blocks, orphans, prepare_release
+from extsnap.ext.orphans import orphans, prepare_release
 from extsnap.serve import tools
 
 REPAIRED_MAX = 3
 """Exit statuses of e2fsck up to this: nothing was wrong, or everything is repaired."""
 
-Fsck = Callable[[str], tuple[int, list[str]]]
+_FSCK_FRAME = ("Pass ", "e2fsck ", "Warning!  ", "********** WARNING: Filesystem still has errors")
+_MAX_COMPLAINTS = 20
+
+Layer = Callable[[], AbstractContextManager[str]]
+"""Makes a throw-away layer over what is judged: gives the path of a file that can be written."""
 
 
-def without_work_left(view: str, fsck: Fsck) -> tuple[int, list[str], int] | None:
+def fsck(path: str) -> tuple[int, list[str]]:
+    """Run ``e2fsck -fn``; returns its status and what it found wrong."""
+    done = tools.run("e2fsck", "-fn", path, ok=None)
+    if done.returncode == 0:
+        return 0, []
+    lines = [line.strip().removeprefix(f"{path}: ") for line in (done.stdout + done.stderr).splitlines()]
+    complaints = [
+        line
+        for line in lines
+        if line and not line.startswith(_FSCK_FRAME) and "% non-contiguous" not in line and "is mounted." not in line
+    ]
+    if len(complaints) > _MAX_COMPLAINTS:
+        complaints = [*complaints[:_MAX_COMPLAINTS], f"and {len(complaints) - _MAX_COMPLAINTS} more lines"]
+    return done.returncode, complaints or [f"e2fsck ended with status {done.returncode}"]
+
+
+def judge(path: str, layer: Layer) -> tuple[int, list[str], int]:
+    """Status and complaints of e2fsck, what the moment left to be done aside, and the files open and unlinked then."""
+    status, complaints = fsck(path)
+    return (status and without_work_left(path, layer)) or (status, complaints, 0)
+
+
+def check_base(path: str, layer: Layer) -> dict[str, Any]:
+    """What ``check`` tells of the base volume."""
+    status, complaints, open_unlinked = judge(path, layer)
+    base: dict[str, Any] = {"e2fsck": status, "ok": status == 0}
+    if open_unlinked:
+        base["open_unlinked"] = open_unlinked
+    if complaints:
+        base["errors"] = complaints
+    return base
+
+
+def without_work_left(view: str, layer: Layer) -> tuple[int, list[str], int] | None:
     """Judge a view of which ``e2fsck -fn`` complained as it is after the work that its moment left.
 
     Args:
-        view: Path of the served view.
-        fsck: Runs ``e2fsck -fn`` on a path; returns its status and what it found wrong.
+        view: Path of the view.
+        layer: Makes a layer over it.
 
     Returns:
         The status and complaints afterwards, and the number of files that were open and unlinked; None if there
@@ -39,10 +75,9 @@ def without_work_left(view: str, fsck: Fsck) -> tuple[int, list[str], int] | Non
         count, needs_replay = _work_left(view)
         if not count and not needs_replay:
             return None
-        with tempfile.TemporaryDirectory(prefix="extsnap-check-") as directory:
-            scratch = os.path.join(directory, "metadata")
-            tools.run("e2image", "-f", "-r", view, scratch)  # -f: also while it is served, it does not change
-            _prepare(view, scratch)
+        with layer() as scratch:
+            if not needs_replay:
+                _prepare(scratch)
             done = tools.run("e2fsck", "-p", scratch, ok=None)
             if not 0 <= done.returncode <= REPAIRED_MAX:
                 return None
@@ -67,16 +102,10 @@ def _work_left(view: str) -> tuple[int, bool]:
         image.close()
 
 
-def _prepare(view: str, scratch: str) -> None:
-    """Complete the scratch image (e2image leaves the orphan file out) and make it ready for ``e2fsck -p``."""
-    os.truncate(scratch, max(os.path.getsize(scratch), os.path.getsize(view)))
-    source, target = ImageFile(view), ImageFile(scratch, writable=True)
+def _prepare(scratch: str) -> None:
+    """Make a layer ready for ``e2fsck -p`` to let its orphans go."""
+    image = ImageFile(scratch, writable=True)
     try:
-        size = (fs := Filesystem.open(source)).geometry.block_size
-        for block in orphan_file_blocks(fs).tolist():
-            target.pwrite(block * size, source.pread(block * size, size))
-        if not fs.needs_recovery:
-            prepare_release(Filesystem.open(target, writable=True))
+        prepare_release(Filesystem.open(image, writable=True))
     finally:
-        source.close()
-        target.close()
+        image.close()

@@ -74,6 +74,11 @@ def mount_at(directory: str) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.point == directory), None)
 
 
+def point_of(path: str) -> str:
+    """Where the filesystem is mounted that a path without symbolic links is in; asks nobody but the kernel's table."""
+    return max((mount.point for mount in mounts() if under(path, mount.point)), key=len, default="/")
+
+
 def loops() -> list[Loop]:
     """All loop devices that are set up."""
     found = []

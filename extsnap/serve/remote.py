@@ -7,12 +7,13 @@ a time.  Neither can wait for itself either, as a server would that writes to a 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from extsnap.errors import ExtsnapError
+from extsnap.errors import ExtsnapError, ServerError
 from extsnap.serve.control import ControlClient
 
 
@@ -77,6 +78,24 @@ class ServedSnapshot:
         runs = np.array(self.layout["runs"], np.int64).reshape(-1, 2)
         for offset, count in pieces(runs, int(self.layout["block_size"]), self.size):
             yield offset, self.pread(offset, count)
+
+
+@contextlib.contextmanager
+def scratch(client: ControlClient, directory: str, name: str = "") -> Iterator[str]:
+    """A file over a snapshot, or over the base volume at rest if ``name`` is empty, that can be written.
+
+    What is written goes to a throw-away layer, which ends with the ``with``, or with the last who has the file open.
+
+    Raises:
+        SnapshotNotFound: There is none of that name.
+        ExtsnapError: No layer can be made.
+    """
+    file = str(client.call("server.scratch", name=name)["file"])
+    try:
+        yield os.path.join(directory, file)
+    finally:
+        with contextlib.suppress(ServerError):  # it has ended, and with it the layer
+            client.call("server.unscratch", file=file)
 
 
 def export(

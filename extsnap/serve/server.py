@@ -32,6 +32,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import deque
@@ -117,6 +118,8 @@ class Server:
         self._volume: EngineVolume | None = None
         self._files: FuseFiles | None = None
         self._disk: Disk | None = None
+        self._scratch_directory = ""
+        self._scratches: list[tuple[control.Connection, str]] = []  # who asked for which file
         self._fuse_fd = -1
         self._listener: socket.socket | None = None
         self._socket_path: Path | None = None
@@ -162,6 +165,8 @@ class Server:
                 self.config.image, writable=self.config.writable, partition=self.config.partition
             )
             self._volume.serve_below(self)
+            # Asked before anything is mounted: it tries the directory, which may be in a filesystem above us later.
+            self._scratch_directory = os.path.realpath(tempfile.gettempdir())
             if self.config.partition:
                 self._disk = Disk(self._volume, self.config.image, self.config.offset)
             self._mount()
@@ -299,7 +304,7 @@ class Server:
                 self._make_place()
             if self._waiting:
                 self._look_after_waiting()
-            if self._ending_soon and not (self._over or self._keeper_holds() or self._files.total_opens):
+            if self._ending_soon and not (self._over or self._keeper_holds() or self._in_use()):
                 self._try_to_end()
 
     def _timeout(self) -> int | None:
@@ -309,6 +314,11 @@ class Server:
 
     def _keeper_holds(self) -> bool:
         return self._keeper is not None
+
+    def _in_use(self) -> bool:
+        """Whether a file is open, or about to be by whoever asked for it."""
+        assert self._files is not None
+        return bool(self._files.total_opens or self._scratches)
 
     def _attend(self, fd: int, event: int) -> None:
         if fd == self._signals_read:
@@ -331,7 +341,7 @@ class Server:
             if number not in _SIGNALS or self._over:
                 continue
             name = signal.Signals(number).name
-            if self._signal_seen and self._files.total_opens:
+            if self._signal_seen and self._in_use():
                 self.log(f"{name} again: ending although files are open")
                 with contextlib.suppress(Exception):
                     assert self._volume is not None
@@ -341,7 +351,7 @@ class Server:
             self._signal_seen = self._ending_soon = True
             if self._keeper is not None:
                 self._drop(self._keeper)
-            if self._files.total_opens:
+            if self._in_use():
                 self.log(f"{name}: ending as soon as nobody has a file open")
 
     def _accept(self) -> None:
@@ -407,6 +417,9 @@ class Server:
         with contextlib.suppress(ValueError):
             self._asked.remove(client)
         client.socket.close()
+        for owner, file in list(self._scratches):
+            if owner is client:
+                self._drop_scratch(owner, file)
         if client is self._keeper:
             self._keeper = None
             if self._recovering:  # the starter died while it replayed the journal, or gave up
@@ -455,6 +468,28 @@ class Server:
 
     # ---- commands
 
+    def _make_scratch(self, client: control.Connection, name: str) -> dict[str, Any]:
+        """A writable file over a snapshot, or over the base volume, that is there for as long as the client or open."""
+        assert self._volume is not None
+        assert self._files is not None
+        above = {mount.point for mount in mounting.mounts_over(self.config.directory)}
+        if mounting.point_of(self._scratch_directory) in above:
+            raise ServerError(
+                f"scratch files would be in {self._scratch_directory}, on a filesystem that this server serves: "
+                "it would wait for itself",
+                hint="set TMPDIR to another directory for the command that starts the server",
+            )
+        file = self._files.make_scratch(name, self._volume.block_size)
+        self._scratches.append((client, file))
+        return {"file": file}
+
+    def _drop_scratch(self, client: control.Connection, file: str) -> dict[str, Any]:
+        assert self._files is not None
+        if (client, file) in self._scratches:
+            self._scratches.remove((client, file))
+            self._files.drop_scratch(file)
+        return {}
+
     def _obey(self, client: control.Connection, verb: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         assert self._volume is not None
         assert self._files is not None
@@ -463,6 +498,8 @@ class Server:
             "server.detach": lambda force=False: self._detach(client, bool(force)),
             "server.settle": lambda file, seconds=10.0: self._settle(client, str(file), float(seconds)),
             "server.recovered": self._recovered,
+            "server.scratch": lambda name="": self._make_scratch(client, str(name)),
+            "server.unscratch": lambda file: self._drop_scratch(client, str(file)),
         }
         if verb in own:
             return own[verb](**arguments)
@@ -480,9 +517,9 @@ class Server:
         assert self._files is not None
         files = self._files
         if verb in ("restore", "strip") and files.volume_opens:
-            raise self._busy(files.base_name, f"{verb} needs the volume for itself", "unmount or close it first")
+            raise self._busy([files.base_name], f"{verb} needs the volume for itself", "unmount or close it first")
         if verb == "create" and files.volume_write_opens:
-            raise self._busy(files.base_name, "snapshots of a mounted volume are not supported yet", "unmount first")
+            raise self._busy([files.base_name], "snapshots of a mounted volume are not supported yet", "unmount first")
         if verb not in ("strip", "delete") or not files.open_views():
             return
         names = set(self._volume.snapshot_names())
@@ -495,16 +532,19 @@ class Server:
             names &= wanted
         for name in files.open_views():
             if name in names:
-                raise self._busy(f"snapshots/{name}", f"snapshot {name} is open", "unmount or close it first")
+                shown = files.files_of(name)
+                raise self._busy(shown, f"snapshot {name} is open", "unmount or close it first")
 
-    def _busy(self, file: str, what: str, hint: str) -> VolumeBusy:
-        """The error that names who has a file of ours open."""
+    def _busy(self, files: list[str], what: str, hint: str) -> VolumeBusy:
+        """The error that names who has one of these files of ours open, or any if none is given."""
         assert self._files is not None
-        path = os.path.join(self.config.directory, file) if file else self.config.directory
-        users = mounting.users_of(path)
-        name = file or "its directory"
-        if users:
-            return VolumeBusy(f"{what}; {name} is in use: {', '.join(users)}", hint=hint)
+        name = "its directory"
+        for name in files or [""]:
+            users = mounting.users_of(os.path.join(self.config.directory, name).rstrip("/"))
+            users += [f"pid {owner.pid}" for owner, held in self._scratches if not users and held.startswith(name)]
+            name = name or "its directory"
+            if users:
+                return VolumeBusy(f"{what}; {name} is in use: {', '.join(users)}", hint=hint)
         last = f" (last request from pid {self._files.last_pid})" if self._files.last_pid else ""
         return control.StillClosing(f"{what}; {name} is still open{last}", hint=hint)
 
@@ -513,12 +553,12 @@ class Server:
 
     def _detach(self, client: control.Connection, force: bool) -> None:
         assert self._files is not None
-        if self._files.total_opens and not force:
-            raise self._busy("", f"{self.config.image} is served", self._or_force("unmount or close it first"))
+        if self._in_use() and not force:
+            raise self._busy([], f"{self.config.image} is served", self._or_force("unmount or close it first"))
         self._waiting.append((client, "", float("inf")))
         if not self._end(force=force):
             self._waiting = [item for item in self._waiting if item[0] is not client]
-            raise self._busy("", f"{self.config.image} is served", self._or_force("leave the directory first"))
+            raise self._busy([], f"{self.config.image} is served", self._or_force("leave the directory first"))
 
     def _settle(self, client: control.Connection, file: str, seconds: float) -> None:
         """Answered when ``file`` is closed and durable, and, if this server ends with it, when it has ended."""
@@ -533,7 +573,7 @@ class Server:
             client, file, deadline = item
             if not file or (self._files.opens_of(file) and now < deadline):
                 continue
-            if self._ending_soon and not self._files.total_opens:
+            if self._ending_soon and not self._in_use():
                 continue  # answered at the end, which is about to come
             self._waiting.remove(item)
             try:

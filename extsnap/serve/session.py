@@ -11,6 +11,7 @@ with its last user.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -43,9 +44,7 @@ from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
 
-_FSCK_FRAME = ("Pass ", "e2fsck ", "Warning!  ", "********** WARNING: Filesystem still has errors")
 _CLOSE_PATIENCE = 10.0
-_MAX_COMPLAINTS = 20
 
 
 class Session:
@@ -497,8 +496,17 @@ def _served_otherwise(image: str, partition: int | None) -> control.Record | Non
 # ---- mount and umount
 
 
-def mount(image: str, directory: str, *, snapshot: str | None = None, partition: int | None = None) -> None:
-    """Mount the base volume, or read-only a snapshot.  The server, if one had to be started, ends with it.
+def mount(
+    image: str, directory: str, *, snapshot: str | None = None, scratch: bool = False, partition: int | None = None
+) -> None:
+    """Mount the base volume, or a snapshot.  The server, if one had to be started, ends with it.
+
+    Args:
+        image: Path of the image.
+        directory: An existing directory.
+        snapshot: The snapshot, which is mounted read-only.
+        scratch: Mount the snapshot for writing, over a throw-away layer that goes with the mount.
+        partition: Number of the partition; None and 0 as `locate` takes them.
 
     Raises:
         SnapshotNotFound: No such snapshot.
@@ -510,20 +518,19 @@ def mount(image: str, directory: str, *, snapshot: str | None = None, partition:
         tools.find("mount")
     else:
         tools.find("fuse2fs")
-    name = "volume" if snapshot is None else f"snapshots/{snapshot}"
     place = _place(image, partition)
     served = control.connect(_key(place))
     if served is not None:
         client, hello = served
         # Hold the connection: it is also the sign that the server was there before and stays.
         with client:
-            _mount_from(hello["directory"], name, target, snapshot)
+            _mount_from(client, hello["directory"], target, snapshot, scratch)
         return
     server = _start_for(place, lazy=snapshot is not None)
     try:
         if server.hello["needs_replay"]:
             _replay(place.name, server.keeper, server.directory)
-        _mount_from(server.directory, name, target, snapshot)
+        _mount_from(server.keeper, server.directory, target, snapshot, scratch)
     except BaseException:
         server.abandon()
         raise
@@ -540,8 +547,13 @@ def _start_for(place: Place, *, lazy: bool) -> _Private:
         return _Private(place, writable=False)
 
 
-def _mount_from(served: str, name: str, target: str, snapshot: str | None) -> None:
-    file = os.path.join(served, name)
+def _mount_from(client: ControlClient, served: str, target: str, snapshot: str | None, scratch: bool) -> None:
+    if snapshot is not None and scratch:
+        # The mount has it open when we let it go: the layer ends with it.
+        with remote.scratch(client, served, snapshot) as file:
+            mounting.mount_file(file, target, read_only=False)
+        return
+    file = os.path.join(served, "volume" if snapshot is None else f"snapshots/{snapshot}")
     if not os.path.exists(file):
         if snapshot is not None:
             raise SnapshotNotFound(f"no snapshot {snapshot}", hint="extsnap list shows them")
@@ -823,8 +835,10 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
             report = _selected(remote.check(client, list(names)), names)
             volume = os.path.join(hello["directory"], "volume")
             users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
-            base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)} if users else _check_base(volume)
-            return _report(report, base, None if quick else hello["directory"], client.call("info"))
+            base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)}
+            if not users:
+                base = moment.check_base(volume, lambda: remote.scratch(client, hello["directory"]))
+            return _report(report, base, None if quick else (client, hello["directory"]), client.call("info"))
     with load_factory(FACTORY)(image, writable=False, partition=place.partition) as at_rest:
         about = at_rest.verb("info")
         if at_rest.needs_replay or about.get("marked"):
@@ -834,17 +848,32 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
             )
         report = _selected(at_rest.verb("check", names=list(names)), names)
     if (quick or not report["snapshots"]) and not place.partition:
-        return _report(report, _check_base(image), None, about)
+        return _report(report, moment.check_base(image, lambda: _layer_at_rest(place)), None, about)
+    with _served_for_reading(place) as server:
+        # A partition can only be seen as a volume through its server.
+        base = moment.check_base(
+            server.file() if place.partition else image, lambda: remote.scratch(server.keeper, server.directory)
+        )
+        return _report(report, base, None if quick else (server.keeper, server.directory), about)
+
+
+@contextlib.contextmanager
+def _served_for_reading(place: Place) -> Iterator[_Private]:
+    """A server that changes nothing."""
     server = _Private(place, writable=False)
     try:
-        # A partition can only be seen as a volume through its server.
-        base = _check_base(server.file() if place.partition else image)
-        done = _report(report, base, None if quick else server.directory, about)
+        yield server
     except BaseException:
         server.abandon()
         raise
     server.end()
-    return done
+
+
+@contextlib.contextmanager
+def _layer_at_rest(place: Place) -> Iterator[str]:
+    """A throw-away layer over a volume that nobody serves."""
+    with _served_for_reading(place) as server, remote.scratch(server.keeper, server.directory) as path:
+        yield path
 
 
 def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -855,15 +884,18 @@ def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _report(
-    report: dict[str, Any], base: dict[str, Any], directory: str | None, about: dict[str, Any]
+    report: dict[str, Any], base: dict[str, Any], served: tuple[ControlClient, str] | None, about: dict[str, Any]
 ) -> dict[str, Any]:
+    """The answer of `check`; with a server and its directory e2fsck looks at the views, too."""
     entries = []
     for name, found in report["snapshots"].items():
         status: int | None = None
         entry: dict[str, Any] = {"name": name}
         errors = list(found.get("errors", []))
-        if directory is not None:
-            status, complaints, open_unlinked = _judge(os.path.join(directory, "snapshots", name))
+        if served is not None:
+            status, complaints, open_unlinked = moment.judge(
+                os.path.join(served[1], "snapshots", name), functools.partial(remote.scratch, *served, name)
+            )
             if complaints and found.get("filesystem_errors"):
                 entry["errors_then"] = complaints  # the volume's then: the snapshot shows them as they were
             else:
@@ -882,35 +914,3 @@ def _report(
         "store": store,
         "notices": about.get("notices", []),
     }
-
-
-def _fsck(path: str) -> tuple[int, list[str]]:
-    """Run ``e2fsck -fn``; returns its status and what it found wrong."""
-    done = tools.run("e2fsck", "-fn", path, ok=None)
-    if done.returncode == 0:
-        return 0, []
-    lines = [line.strip().removeprefix(f"{path}: ") for line in (done.stdout + done.stderr).splitlines()]
-    complaints = [
-        line
-        for line in lines
-        if line and not line.startswith(_FSCK_FRAME) and "% non-contiguous" not in line and "is mounted." not in line
-    ]
-    if len(complaints) > _MAX_COMPLAINTS:
-        complaints = [*complaints[:_MAX_COMPLAINTS], f"and {len(complaints) - _MAX_COMPLAINTS} more lines"]
-    return done.returncode, complaints or [f"e2fsck ended with status {done.returncode}"]
-
-
-def _judge(path: str) -> tuple[int, list[str], int]:
-    """Status and complaints of e2fsck, what the moment left to be done aside, and the files open and unlinked then."""
-    status, complaints = _fsck(path)
-    return (status and moment.without_work_left(path, _fsck)) or (status, complaints, 0)
-
-
-def _check_base(path: str) -> dict[str, Any]:
-    status, complaints, open_unlinked = _judge(path)
-    base: dict[str, Any] = {"e2fsck": status, "ok": status == 0}
-    if open_unlinked:
-        base["open_unlinked"] = open_unlinked
-    if complaints:
-        base["errors"] = complaints
-    return base

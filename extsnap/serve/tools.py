@@ -19,7 +19,6 @@ _SYSTEM_DIRECTORIES = ("/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bi
 # Program -> the Debian package that has it.
 _PACKAGES = {
     "e2fsck": "e2fsprogs",
-    "e2image": "e2fsprogs",
     "dumpe2fs": "e2fsprogs",
     "mount": "mount",
     "umount": "mount",

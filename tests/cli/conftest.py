@@ -133,8 +133,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     monkeypatch.setattr(
         session,
         "mount",
-        lambda image, directory, *, snapshot=None, partition=None: fake.at(partition).answer(
-            "mount", image=image, directory=directory, snapshot=snapshot
+        lambda image, directory, *, snapshot=None, scratch=False, partition=None: fake.at(partition).answer(
+            "mount", image=image, directory=directory, snapshot=snapshot, scratch=scratch
         ),
     )
     monkeypatch.setattr(session, "umount", lambda directory: fake.answer("umount", directory=directory))

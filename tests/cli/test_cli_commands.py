@@ -220,8 +220,13 @@ def test_no_command_shows_the_help_on_stderr(extsnap: Call) -> None:
         ("attach I D --foreground", "attach", {"image": "I", "directory": "D", "foreground": True}),
         ("detach I", "detach", {"target": "I", "force": False}),
         ("detach D --force", "detach", {"target": "D", "force": True}),
-        ("mount I D", "mount", {"image": "I", "directory": "D", "snapshot": None}),
-        ("mount I D --snapshot n", "mount", {"image": "I", "directory": "D", "snapshot": "n"}),
+        ("mount I D", "mount", {"image": "I", "directory": "D", "snapshot": None, "scratch": False}),
+        ("mount I D --snapshot n", "mount", {"image": "I", "directory": "D", "snapshot": "n", "scratch": False}),
+        (
+            "mount I D --snapshot n --scratch",
+            "mount",
+            {"image": "I", "directory": "D", "snapshot": "n", "scratch": True},
+        ),
         ("umount D", "umount", {"directory": "D"}),
         ("run I -- a", "run", {"image": "I", "command": ["a"], "atomic": False, "ok": frozenset({0})}),
         (

@@ -268,6 +268,11 @@ def test_reading_commands_on_what_cannot_be_written(how: str, call_cli: Cli) -> 
                     oracle.assert_same_tree(oracle.tree(expected), oracle.tree(exported))
             finally:
                 call_cli("umount", mount)
+            call_cli("mount", path, mount, "--snapshot", "one", "--scratch")
+            try:
+                (mount / "new").write_bytes(b"thrown away")
+            finally:
+                call_cli("umount", mount)
             writing: list[tuple[str, ...]] = [("create",), ("delete", "one"), ("restore", "one"), ("strip",)]
             writing += [("attach", str(served)), ("mount", str(mount)), ("run", "--", "true")]
             for command, *arguments in writing:

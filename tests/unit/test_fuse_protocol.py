@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
+from extsnap.errors import DamagedCopy, StoreProtected, VolumeBusy, VolumeFull
 from extsnap.serve import fuse
 from extsnap.serve.fuse import FuseFiles, Unmounted
 
@@ -453,3 +453,50 @@ def test_nothing_waiting_and_the_end(kernel: Kernel) -> None:
     kernel.ours.close()
     with pytest.raises(Unmounted):
         kernel.files.serve_one()
+
+
+def test_a_throw_away_layer(kernel: Kernel, volume: Volume) -> None:
+    file = kernel.files.make_scratch("one", 1024)
+    other = kernel.files.make_scratch("one", 1024)
+    assert (file, other) == ("scratch/1", "scratch/2")
+    assert kernel.files.files_of("one") == ["snapshots/one", file, other]
+    assert kernel.files.open_views() == ["one"]  # it may not be deleted
+    directory, _ = kernel.lookup(fuse.ROOT_NODE, "scratch")
+    node, size = kernel.lookup(directory, "1")
+    beside, _ = kernel.lookup(directory, "2")
+    assert size == 8192
+    assert kernel.open(node, os.O_RDWR)[0] == 0
+    assert kernel.write(node, 1000, b"new" * 100) == (0, 300)
+    assert kernel.read(node, 990, 400) == (0, b"1" * 10 + b"new" * 100 + b"1" * 90)
+    assert kernel.read(beside, 990, 400) == (0, b"1" * 400)
+    assert kernel.write(node, 8192, b"past the end")[0] == errno.ENOSPC
+    assert kernel.ask(fuse.FALLOCATE, node, fuse.FALLOCATE_IN.pack(0, 0, 1100, 3, 0))[0] == 0
+    assert kernel.read(node, 0, 1103) == (0, bytes(1100) + b"ewn")
+    assert kernel.ask(fuse.FSYNC, node, fuse.RELEASE_IN.pack(0, 0, 0, 0))[0] == 0
+    assert volume.flushes == 0
+    assert not any(volume.data)
+
+    assert kernel.files.total_opens == kernel.files.opens_of(file) == 1
+    kernel.files.drop_scratch(file)
+    assert kernel.read(node, 0, 4) == (0, bytes(4)), "whoever has it open keeps it"
+    assert kernel.release(node, os.O_RDWR) == 0
+    assert kernel.read(node, 0, 4)[0] == errno.EBADF
+    assert kernel.ask(fuse.LOOKUP, directory, b"1\0")[0] == errno.ENOENT
+    assert [view.closed for view in volume.opened] == [True, False]
+    kernel.files.drop_scratch(other)
+    assert kernel.ask(fuse.LOOKUP, fuse.ROOT_NODE, b"scratch\0")[0] == errno.ENOENT
+    assert kernel.files.open_views() == []
+    assert all(view.closed for view in volume.opened)
+
+
+def test_the_base_volume_under_a_layer_is_not_written(kernel: Kernel, volume: Volume) -> None:
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
+    with pytest.raises(VolumeBusy, match="volume is open for writing"):
+        kernel.files.make_scratch("", 1024)
+    assert kernel.release(fuse.VOLUME_NODE, os.O_RDWR) == 0
+    file = kernel.files.make_scratch("", 1024)
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == errno.EBUSY
+    assert kernel.open(fuse.VOLUME_NODE)[0] == 0
+    assert kernel.release(fuse.VOLUME_NODE) == 0
+    kernel.files.drop_scratch(file)
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
