@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from unittest import mock
 
 import lab
@@ -192,11 +192,12 @@ EVERY_OPERATION = {
 }
 
 
-def lived(kind: str) -> Recorded:
-    """A volume's whole life, recorded."""
+def lived(kind: str, steps: Container[str] | None = None) -> Recorded:
+    """A volume's life, recorded: the whole of it, or only these steps, in the order of `LIFE`."""
     recorded = Recorded(kind)
     for name, action in LIFE:
-        recorded.step(name, functools.partial(action, recorded))
+        if steps is None or name in steps:
+            recorded.step(name, functools.partial(action, recorded))
     return recorded
 
 

@@ -135,6 +135,17 @@ def test_like_plain_bits(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=60, stateful_step_count=25, deadline=None))
 
 
+def test_a_place_that_is_used_again() -> None:
+    """Nothing of the row that had it before shows in the next one."""
+    bits = SparseBits(rows=3, row_bytes=8)
+    bits.set(np.array([[10, 20]]))
+    bits.set(np.array([[0, 64]]), False)
+    bits.set(np.array([[64, 3]]))
+    bits.set(np.array([[128, 64]]))
+    bits.set(np.array([[128, 5]]), False)
+    assert bits.positions(0, 192).tolist() == [64, 65, 66, *range(133, 192)]
+
+
 def test_uniform_rows_take_no_memory() -> None:
     """2^32 blocks with a few bits set; a row that is set whole gives its bitmap back for others."""
     bits = SparseBits(1 << 17, 4096)

@@ -88,6 +88,16 @@ def test_the_guard_is_lifted_and_remembered(kind: str) -> None:
     assert not opened(device).outside_write
 
 
+def test_without_snapshots_there_is_no_guard() -> None:
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.create("one")
+    assert guarded(device) == {True}
+    volume.delete(["one"])
+    assert guarded(device) == {False}
+    assert not lab.complaint(device.content)
+
+
 def test_a_guard_of_the_snapshots_to_come() -> None:
     device = MemoryDevice(lab.plain_image("ext4"))
     assert opened(device).verb("guard", wanted=False)["notices"] == []

@@ -93,6 +93,23 @@ def test_one_copy_for_all_snapshots_that_share_a_block(kind: str, seed: int) -> 
     assert lab.survey(device.content).free == lab.survey(lab.plain_image(kind)).free
 
 
+def test_a_delete_frees_the_bitmaps_that_only_it_had() -> None:
+    """As many blocks of the store are free as the next process finds."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.verb("create", name="one")
+    volume.begin_serving()
+    base = volume.read(0, volume.size)
+    new = lab.changed_by_debugfs(base, "write {} more", data=b"more" * 5000)
+    for offset, length in lab.changed_runs(base, new):
+        volume.write(offset, new[offset : offset + length])
+    assert volume.end_serving()
+    volume.verb("create", name="two")
+    volume.verb("delete", names=["one"])
+    free = volume.verb("info")["store"]["free_bytes"]
+    assert opened(MemoryDevice(device.content)).verb("info")["store"]["free_bytes"] == free
+
+
 def test_the_journal_is_not_copied() -> None:
     """Writes to the data blocks of an empty journal, and to free blocks, make no record."""
     device = MemoryDevice(lab.plain_image("ext4"))
@@ -140,6 +157,26 @@ def test_a_restored_block_is_copied_again(kind: str, served: bool) -> None:
         assert not lab.complaint(view.pread(0, view.size))
     assert volume.verb("restore", undo=True)["restored"] == safety
     assert [volume.read(block * BLOCK, BLOCK) for block in blocks] == [b"2" * BLOCK] * len(blocks)
+    assert not lab.complaint(device.content)
+
+
+def test_a_restore_makes_room_for_its_copies_before_it_begins() -> None:
+    """The store has less than it takes, and every block that comes back is needed by a newer snapshot."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.verb("create", name="one")
+    blocks = np.flatnonzero(survey(volume).files)[:200].tolist()
+    old = [volume.read(block * BLOCK, BLOCK) for block in blocks]
+    volume.begin_serving(grow=False)
+    for block in blocks:
+        volume.write(block * BLOCK, b"2" * BLOCK)
+    assert volume.end_serving()
+    volume.verb("create", name="two")
+    assert volume.verb("info")["store"]["free_bytes"] < len(blocks) * BLOCK
+    volume.verb("restore", name="one")
+    assert [volume.read(block * BLOCK, BLOCK) for block in blocks] == old
+    view = volume.open_view("two")
+    assert {view.pread(block * BLOCK, BLOCK) for block in blocks} == {b"2" * BLOCK}
     assert not lab.complaint(device.content)
 
 
