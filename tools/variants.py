@@ -42,6 +42,8 @@ class Variant:
         journal: Its ``-J`` options, where there is a journal.
         top: Directory that the files are in; empty for the root.
         first: debugfs commands on the volume as mke2fs left it, which e2fsck then puts in order.
+        crowd: How many long names the root gets beside; e2fsck then packs its hash tree without any room.
+        letters: What they are made of.
         fragments: Files of one cluster, every second of which is removed again: free space is left between them.
         script: debugfs commands before the files are written.
         then: Commands on the image afterwards; ``{}`` is its path.
@@ -58,6 +60,8 @@ class Variant:
     journal: str = "size=1"
     top: str = ""
     first: tuple[str, ...] = ()
+    crowd: int = 0
+    letters: str = "üñ日"
     fragments: int = 0
     script: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()
@@ -98,6 +102,10 @@ VARIANTS: dict[str, Variant] = {
         "inodes of 4,096 bytes", options=("-I", "4096"), block_size=4096, kibibytes=60_000, journal="size=4"
     ),
     "revision-0": Variant("revision 0", "ext2", options=("-r", "0")),
+    "desc-128": Variant("descriptors of 128 bytes", extended=("desc_size=128",), kibibytes=30_000),
+    "desc-1024": Variant(
+        "descriptors of 1,024 bytes: a whole block each", extended=("desc_size=1024",), features="^resize_inode"
+    ),
     "no-64bit": Variant("32-byte descriptors", features="^64bit"),
     "no-flex-bg": Variant("no flex_bg", features="^flex_bg"),
     "flex-odd": Variant("group count not a multiple of the flex size", options=("-G", "4"), kibibytes=50_000),
@@ -168,13 +176,28 @@ VARIANTS: dict[str, Variant] = {
     "no-dir-index": Variant("no dir_index", features="^dir_index"),
     "no-filetype": Variant("no filetype", "ext2", features="^filetype"),
     "large-dir": Variant("large_dir", features="large_dir"),
-    "hash-legacy": Variant("hash of the legacy kind", script=("ssv def_hash_version legacy",)),
-    "hash-tea": Variant("hash of the TEA kind", script=("ssv def_hash_version tea",)),
-    "hash-unsigned": Variant("hashes of unsigned characters", script=("ssv flags 2",)),
+    "root-tree": Variant("a hash tree for a root directory", crowd=40),
+    "root-tree-deep": Variant("a root directory whose hash tree has two levels", crowd=520, options=("-N", "2048")),
+    "hash-legacy": Variant("hash of the legacy kind", script=("ssv def_hash_version legacy",), crowd=40),
+    "hash-tea": Variant("hash of the TEA kind", script=("ssv def_hash_version tea",), crowd=40),
+    "hash-unsigned": Variant("hashes of unsigned characters", script=("ssv flags 2",), crowd=40),
+    "hash-legacy-unsigned": Variant(
+        "hash of the legacy kind, unsigned", script=("ssv def_hash_version legacy", "ssv flags 2"), crowd=40
+    ),
+    "hash-tea-unsigned": Variant(
+        "hash of the TEA kind, unsigned", script=("ssv def_hash_version tea", "ssv flags 2"), crowd=40
+    ),
     "ea-inode": Variant("ea_inode", features="ea_inode"),
     "encrypt": Variant("encrypt", features="encrypt"),
     "verity": Variant("verity", features="verity", block_size=4096, kibibytes=50_000, journal="size=4"),
     "casefold": Variant("casefold", features="casefold"),
+    "casefold-root": Variant(
+        "a root directory that ignores case",
+        features="casefold",
+        first=("sif <2> flags 0x40080000",),
+        crowd=40,
+        letters="NaMe",
+    ),
     "no-huge-file": Variant("no huge_file", features="^huge_file"),
     "no-large-file": Variant("no large_file", "ext2", features="^large_file"),
     "no-dir-nlink": Variant("no dir_nlink", features="^dir_nlink"),
@@ -184,6 +207,12 @@ VARIANTS: dict[str, Variant] = {
     "mmp": Variant("mmp", features="mmp", extended=("mmp_update_interval=1",)),
     "fast-commit": Variant("fast_commit", features="fast_commit", journal="size=4", kibibytes=30_000),
     "stable-inodes": Variant("stable_inodes", features="stable_inodes"),
+    "journal-1": Variant("journal superblock of version 1", "ext3", script=("zap_block -f <8> -o 7 -l 1 -p 3 0",)),
+    "journal-csum-1": Variant(
+        "journal with checksums of version 1",
+        features="^metadata_csum",
+        script=("zap_block -f <8> -o 39 -l 1 -p 1 0", "zap_block -f <8> -o 43 -l 1 -p 2 0"),
+    ),
     "journal-csum-2": Variant("journal with checksums of version 2", script=("jo -c -v 2", "jc")),
     "journal-csum-3": Variant("journal with checksums of version 3", script=("jo -c -v 3", "jc")),
     "journal-32": Variant("journal with 32-bit numbers and no checksums", features="^64bit,^metadata_csum"),
@@ -193,6 +222,17 @@ VARIANTS: dict[str, Variant] = {
     ),
     "tiny-groups": Variant("groups of 256 blocks", "ext2", options=("-g", "256"), features="^resize_inode"),
     "no-reserve": Variant("nothing reserved for root", options=("-m", "0")),
+    "everything": Variant(
+        "everything at once, but for mmp",
+        features="bigalloc,inline_data,quota,project,ea_inode,encrypt,verity,casefold,large_dir,metadata_csum_seed,"
+        "orphan_file,fast_commit,stable_inodes,sparse_super2,^sparse_super,^resize_inode",
+        block_size=4096,
+        kibibytes=80_000,
+        options=("-C", "16384"),
+        extended=("desc_size=128",),
+        journal="size=4",
+        crowd=100,
+    ),
     "encrypted-root": Variant(
         "encrypted names in the root directory",
         features="encrypt",
@@ -259,8 +299,28 @@ def build(name: str, variant: Variant, path: Path) -> None:
     for command in variant.then:
         tool(*(word.format(path) for word in command))
     if not variant.refused:
-        tool("e2fsck", "-fyD", str(path), ok=(0, 1))
+        _put_in_order(path, packed=bool(variant.crowd))
         tool("e2fsck", "-fn", str(path))
+
+
+def _put_in_order(path: Path, *, packed: bool) -> None:
+    """e2fsck makes the hash trees, with room in every leaf or without any.
+
+    Raises:
+        BuildError: It failed.
+    """
+    with tempfile.NamedTemporaryFile("w", prefix="extsnap-variant-", suffix=".conf") as config:
+        config.write("[options]\nindexed_dir_slack_percentage = 0\n" if packed else "")
+        config.flush()
+        done = subprocess.run(
+            ["e2fsck", "-fyD", str(path)],
+            capture_output=True,
+            text=True,
+            env={**environment(), "E2FSCK_CONFIG": config.name},
+            check=False,
+        )
+    if done.returncode not in (0, 1):
+        raise BuildError(f"e2fsck of {path} ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
 
 
 def _tree(variant: Variant, scratch: Path) -> list[str]:
@@ -273,10 +333,18 @@ def _tree(variant: Variant, scratch: Path) -> list[str]:
     names = 40 if "inline" in variant.features else max(60, 3 * size // 60)
     commands += [f"write {empty} {number:04d}-{'n' * 40}" for number in range(min(names, 400))]
     commands += [f"cd {variant.top or '/'}"]
+    # Four fill a leaf of 1 KiB: there is no room for another name.
+    room = 256 if "metadata_csum" not in variant.all_features else 252
+    for number in range(variant.crowd):
+        name = f"{number:04d}" + variant.letters * 80
+        kept = name.encode()[: room - 8].decode(errors="ignore")
+        commands.append(f"write {empty} {kept}{'-' * (room - 8 - len(kept.encode()))}")
     for number, length in enumerate((0, 1, 50, size, size + 1, 14 * size, 300 * 1024)):
         source = scratch / f"file{number}"
         source.write_bytes(rng.randbytes(length))
         commands.append(f"write {source} file{number}")
+    if "ea_inode" in variant.all_features:  # more than a block: the value has an inode of its own
+        commands.append(f"ea_set -f {scratch / 'file5'} file2 user.large")
     sparse = scratch / "sparse"
     with sparse.open("wb") as file:
         for block in (1, 20, 290):

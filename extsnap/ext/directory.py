@@ -2,6 +2,9 @@
 
 A hash tree has its root in block 0, at most one level of nodes below it (two with large_dir), then leaves, which are
 ordinary directory blocks.  A full leaf is split by hash, a full node too, a full root gets a level, as the kernel does.
+
+A directory with casefold hashes and compares names with their case folded.  Of ASCII that is lower case; what it is of
+other characters depends on the Unicode tables of whoever folds them, so that here such names are never hashed.
 """
 
 from __future__ import annotations
@@ -112,6 +115,14 @@ class _Directory:
     def indexed(self) -> bool:
         return bool(self.inode.i_flags & InodeFlags.INDEX)
 
+    @property
+    def folds(self) -> bool:
+        return bool(self.inode.i_flags & InodeFlags.CASEFOLD)
+
+    def same(self, one: bytes, other: bytes) -> bool:
+        """Whether the two are one name here."""
+        return one == other or (self.folds and one.isascii() and one.lower() == other.lower())
+
     def read(self, logical: int) -> bytes:
         if not 0 <= logical < len(self.blocks):
             raise FormatError(f"block {logical} of directory {self.ino} does not exist", structure="dx_entry")
@@ -181,6 +192,13 @@ class _Directory:
             raise UnsupportedFeature(f"directory {self.ino}: hash version {version} is unknown")
         if sb.s_flags & _UNSIGNED_HASH:
             version += UNSIGNED
+        if self.folds:
+            if not name.isascii():
+                raise UnsupportedFeature(
+                    f"directory {self.ino} ignores case, and its tree must be split among names that are not ASCII",
+                    hint="e2fsck -fyD on the volume makes room in the tree",
+                )
+            name = name.lower()
         return directory_hash(version, name, list(sb.s_hash_seed))
 
 
@@ -232,10 +250,14 @@ class _Frame:
     taken: int
 
 
+def _deepest(directory: _Directory) -> int:
+    """Levels of nodes that there can be below a root."""
+    return 2 if directory.fs.superblock.s_feature_incompat & Incompat.large_dir else 1
+
+
 def _root_info(directory: _Directory) -> Any:
     info = DxRootInfo.parse(directory.read(0)[ROOT_INFO_AT : ROOT_INFO_AT + DxRootInfo.sizeof()])
-    deepest = 2 if directory.fs.superblock.s_feature_incompat & Incompat.large_dir else 1
-    if info.info_length != 8 or info.indirect_levels > deepest:
+    if info.info_length != 8 or info.indirect_levels > _deepest(directory):
         raise FormatError(
             f"directory {directory.ino} has {info.indirect_levels} levels", structure="dx_root", field="indirect_levels"
         )
@@ -293,7 +315,7 @@ def _find(directory: _Directory, name: bytes) -> tuple[int, Entry] | None:
                 candidates = list(range(1, len(directory.blocks)))
     for logical in candidates:
         for entry in _live(directory, logical):
-            if entry.name == name:
+            if directory.same(entry.name, name):
                 return logical, entry
     return None
 
@@ -429,40 +451,49 @@ def _add_hashed(directory: _Directory, name: bytes, ino: int, file_type: int) ->
         # Room enough, but in pieces, each too small for the name.
         directory.write_leaf(leaf, _leaf_of(directory, [*items, new]))
         return []
-    grown = _make_room(directory, frames)
-    if grown:
+    grown: list[int] = []
+    while len(frames[-1].entries) == frames[-1].limit:
+        grown += _make_room(directory, frames)
         frames, leaf = _descend(directory, value)
     return grown + _split_leaf(directory, frames[-1], leaf, items, new)
 
 
 def _make_room(directory: _Directory, frames: list[_Frame]) -> list[int]:
-    """See that the lowest node can take one more entry; returns blocks that this took."""
-    bottom = frames[-1]
-    if len(bottom.entries) < bottom.limit:
-        return []
-    if len(frames) == 1:
-        # A new level: the root's entries move into one node.
-        logical, physical = directory.append()
-        directory.write_node(logical, _new_node(directory, bottom.entries))
-        root = bytearray(_put_dx_entries(directory.read_node(0), ROOT_ENTRIES_AT, [(0, logical)]))
-        root[ROOT_INFO_AT + 6] += 1
-        directory.write_node(0, bytes(root))
-        return [physical]
-    above = frames[-2]
-    if len(above.entries) >= above.limit:
+    """Split the lowest node, or first the highest of the full ones above it; returns the block that this took.
+
+    Raises:
+        UnsupportedFeature: All are full and there can be no more levels; nothing was changed.
+    """
+    depth = len(frames) - 1
+    while depth and len(frames[depth - 1].entries) == frames[depth - 1].limit:
+        depth -= 1
+    if not depth:
+        return _add_level(directory, frames)
+    above, full = frames[depth - 1 : depth + 1]
+    logical, physical = directory.append()
+    half = len(full.entries) // 2
+    directory.write_node(logical, _new_node(directory, full.entries[half:]))
+    directory.write_node(
+        full.logical, _put_dx_entries(directory.read_node(full.logical), NODE_ENTRIES_AT, full.entries[:half])
+    )
+    upper = full.entries[half][0], logical
+    changed = [*above.entries[: above.taken + 1], upper, *above.entries[above.taken + 1 :]]
+    block = _put_dx_entries(directory.read_node(above.logical), _entries_at(above.logical), changed)
+    directory.write_node(above.logical, block)
+    return [physical]
+
+
+def _add_level(directory: _Directory, frames: list[_Frame]) -> list[int]:
+    """Move the root's entries into one new node, which the root then leads to."""
+    if len(frames) > _deepest(directory):
         raise UnsupportedFeature(
             f"the hash tree of directory {directory.ino} is full", hint="move some files of that directory elsewhere"
         )
     logical, physical = directory.append()
-    half = len(bottom.entries) // 2
-    split_hash = bottom.entries[half][0]
-    directory.write_node(logical, _new_node(directory, bottom.entries[half:]))
-    directory.write_node(
-        bottom.logical, _put_dx_entries(directory.read_node(bottom.logical), NODE_ENTRIES_AT, bottom.entries[:half])
-    )
-    changed = [*above.entries[: above.taken + 1], (split_hash, logical), *above.entries[above.taken + 1 :]]
-    block = _put_dx_entries(directory.read_node(above.logical), _entries_at(above.logical), changed)
-    directory.write_node(above.logical, block)
+    directory.write_node(logical, _new_node(directory, frames[0].entries))
+    root = bytearray(_put_dx_entries(directory.read_node(0), ROOT_ENTRIES_AT, [(0, logical)]))
+    root[ROOT_INFO_AT + 6] += 1
+    directory.write_node(0, bytes(root))
     return [physical]
 
 

@@ -134,6 +134,7 @@ class Filesystem:
 
         Raises:
             NotExtError: No ext superblock.
+            UnsupportedFeature: It is the external journal of a filesystem elsewhere.
             FormatError: It is damaged, or the device is shorter than the filesystem.
         """
         if device.size < OFFSET + SIZE:
@@ -141,6 +142,10 @@ class Filesystem:
         raw = device.pread(OFFSET, SIZE)
         if int.from_bytes(raw[0x38:0x3A], "little") != MAGIC:
             raise NotExtError("there is no ext2, ext3 or ext4 filesystem", hint="check the path")
+        if int.from_bytes(raw[0x60:0x64], "little") & Incompat.journal_dev:
+            raise UnsupportedFeature(
+                "this is an external journal (journal_dev), and no filesystem", hint="name the filesystem's image"
+            )
         fs = cls(device, raw, writable=writable)
         geometry = fs.geometry
         if geometry.has_metadata_csum and superblock_checksum(raw) != fs.superblock.s_checksum:

@@ -38,8 +38,7 @@ class Journal:
         sb = codec.parse(JournalSuperblock, block[:SIZE], "journal superblock", offset)
         if sb.h_magic != MAGIC or sb.h_blocktype not in (3, 4):
             raise FormatError("magic or type is wrong", structure="journal superblock", field="h_magic", offset=offset)
-        checked = sb.h_blocktype == 4 and sb.s_feature_incompat & (JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3)
-        if checked and sb.s_checksum != journal_superblock_checksum(block):
+        if _has_checksum(sb) and sb.s_checksum != journal_superblock_checksum(block):
             raise FormatError(
                 "the checksum is wrong", structure="journal superblock", field="s_checksum", offset=offset
             )
@@ -62,6 +61,11 @@ class Journal:
         sb = self.superblock.copy()
         sb.s_sequence, sb.s_start = sequence, 0
         raw = codec.build(JournalSuperblock, sb, "journal superblock")
-        if sb.s_feature_incompat & (JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3):
+        if _has_checksum(sb):
             raw = raw[:0xFC] + journal_superblock_checksum(raw).to_bytes(4, "big") + raw[0x100:]
         return raw + self.block[SIZE:]
+
+
+def _has_checksum(sb: Any) -> bool:
+    """Whether the superblock has one: version 1 (type 3) has no features, whatever stands there."""
+    return bool(sb.h_blocktype == 4 and sb.s_feature_incompat & (JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3))

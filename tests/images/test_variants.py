@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import images
 import oracle
 import pytest
 import variants
 from arena import arena
 from journey import Journey, refusal
 
+import extsnap
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.overlay import Overlay
+from extsnap.errors import UnsupportedFeature
 from extsnap.ext.filesystem import BLOCK_SIZE_MAX, ROOT_INODE, Filesystem
 from extsnap.ondisk.superblock import State
 
@@ -47,6 +50,17 @@ def test_every_group_verifies_under_the_mark_of_errors(name: str) -> None:
     assert marked.free_blocks == plain.geometry.free_blocks
     assert marked.inode_in_use(ROOT_INODE)
     image.close()
+
+
+def test_an_external_journal_is_no_volume(tmp_path: Path) -> None:
+    image = tmp_path / "journal.img"
+    image.write_bytes(bytes(4 << 20))
+    images.tool("mke2fs", "-q", "-F", "-b", "1024", "-O", "journal_dev", str(image))
+    before = oracle.sha256(image)
+    for writable in (False, True):
+        with pytest.raises(UnsupportedFeature, match="external journal"):
+            extsnap.open(image, writable=writable)
+    assert oracle.sha256(image) == before
 
 
 def test_the_support_table_is_of_these_volumes() -> None:

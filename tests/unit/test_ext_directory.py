@@ -411,3 +411,106 @@ def test_checksums_of_every_block_of_a_kernel_tree(fixture_image):
             checked["node" if logical in nodes else "leaf"] += 1
     assert checked["leaf"] > 10
     assert checked["node"] >= 1
+
+
+def hashed_root(path: Path, names: list[bytes], *commands: str, features: str = "metadata_csum") -> Path:
+    """A hash-tree root with these names for one file, "target", after debugfs commands; by e2fsprogs alone.
+
+    The names are laid down as blocks of a file that then becomes the root: one by one, e2fsprogs would need minutes.
+    """
+    mke2fs = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-N", "64", "-J", "size=1", "-O", features]
+    subprocess.run([*mke2fs, "-E", f"hash_seed={SEED}", str(path), "70M"], check=True, capture_output=True)
+    blocks = [bytearray(1024)]
+    heads = [(2, b".", 2, 12), (2, b"..", 2, 12), (11, b"lost+found", 2, 20), (12, b"target", 1, 1024 - 44 - 12)]
+    at = 0
+    for ino, name, kind, length in heads:
+        directory._write_entry(blocks[0], at, ino, length, name, kind)
+        at += length
+    for first in range(0, len(names), 3):
+        block = bytearray(1024)
+        some = names[first : first + 3]
+        for index, name in enumerate(some):
+            length = 264 if index < len(some) - 1 else 1024 - 12 - 264 * index
+            directory._write_entry(block, 264 * index, 12, length, name, FT_FILE)
+        blocks.append(block)
+    for block in blocks:
+        block[-12:] = b"\0\0\0\0\x0c\0\0\xde\0\0\0\0"  # where the checksum will be; without metadata_csum unused
+    content, script = path.with_suffix(".root"), path.with_suffix(".commands")
+    content.write_bytes(b"".join(blocks))
+    lines = ["write /dev/null target", f"sif target links_count {len(names) + 1}", f"write {content} root"]
+    lines += ["sif root mode 040755", "sif root links_count 3", *commands, "copy_inode root <2>", "clri <13>"]
+    script.write_text("".join(f"{line}\n" for line in lines))
+    subprocess.run(["debugfs", "-w", "-f", str(script), str(path)], check=True, capture_output=True)
+    # Leaves without room, so that one more name splits one.
+    config = path.with_suffix(".conf")
+    config.write_text("[options]\nindexed_dir_slack_percentage = 0\n")
+    done = subprocess.run(
+        ["e2fsck", "-fyD", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "E2FSCK_CONFIG": str(config)},
+    )
+    assert done.returncode in (0, 1), done.stdout
+    oracle.assert_clean(path)
+    assert is_indexed(path)
+    assert listed(path) == {b"target", b"lost+found", *names}
+    return path
+
+
+@pytest.mark.parametrize("kind", ["legacy", "half_md4", "tea"])
+@pytest.mark.parametrize("flags", [1, 2], ids=["signed", "unsigned"])
+def test_trees_of_every_hash_are_split(tmp_path, kind, flags):
+    """Names above ASCII have other hashes of signed than of unsigned characters, and e2fsck knows which is right."""
+    rng = random.Random(3)
+    names = [f"{number:04d}".encode() + "üñ日".encode() * rng.randrange(1, 30) for number in range(300)]
+    path = hashed_root(tmp_path / "image", names[:100], f"ssv def_hash_version {kind}", f"ssv flags {flags}")
+    edit(path, link, names[100:])
+    assert listed(path) == {b"target", b"lost+found", *names}
+    edit(path, unlink, names[::2])
+
+
+def test_a_directory_that_ignores_case(tmp_path):
+    """Names are hashed and compared with their case folded, as e2fsck and the kernel do."""
+    names = [f"{number:03d}{'NaMe' * 60}".encode() for number in range(150)]
+    path = hashed_root(tmp_path / "image", names[:60], "sif root flags 0x40080000", features="casefold,metadata_csum")
+    edit(path, link, [b".extsnap", *names[60:]])
+    assert listed(path) == {b"target", b"lost+found", b".extsnap", *names}
+    _, fs = memory(path)
+    for name in names:
+        assert directory.lookup(fs, ROOT, name.swapcase()) == directory.lookup(fs, ROOT, b"target")
+    with pytest.raises(ExtsnapError, match="already"):
+        directory.add_entry(fs, ROOT, b".EXTSNAP", 12, FT_FILE)
+    edit(path, unlink, [b".ExtSnap", *(name.lower() for name in names[::2])])
+    assert listed(path) == {b"target", b"lost+found", *names[1::2]}
+
+
+def test_names_whose_case_cannot_be_folded(tmp_path):
+    """Their tree is not split, which would need their hashes; what e2fsck makes room in can be used."""
+    names = [f"{number:03d}{'ÄÖ日' * 33}".encode() for number in range(60)]
+    path = hashed_root(tmp_path / "image", names, "sif root flags 0x40080000", features="casefold,metadata_csum")
+    device, fs = memory(path)
+    with pytest.raises(UnsupportedFeature, match="ASCII") as refused:
+        directory.add_entry(fs, ROOT, b"n" * 240, 12, FT_FILE)
+    assert "e2fsck -fyD" in refused.value.hint
+    assert device.content == path.read_bytes()
+    subprocess.run(["e2fsck", "-fyD", str(path)], check=False, capture_output=True)
+    edit(path, link, [b".extsnap"])
+    edit(path, unlink, [b".extsnap"])
+
+
+def test_large_dir_gets_a_third_level(tmp_path):
+    """The root and its nodes are full as e2fsck leaves them: a few names more, and there is one level of nodes more."""
+    names = [b"%05d" % number + b"n" * 248 for number in range(46_400)]
+    path = hashed_root(tmp_path / "image", names, features="large_dir,metadata_csum")
+    assert levels(path) == 1
+    added = [b"%05d" % number + b"n" * 248 for number in range(50_000, 51_000)]
+    done = 0
+    while levels(path) == 1:
+        assert done < len(added), "the tree does not grow"
+        edit(path, link, added[done : done + 100])
+        done += 100
+    edit(path, link, [b".extsnap", *added[done : done + 100]])
+    assert levels(path) == 2
+    assert listed(path) == {b"target", b"lost+found", b".extsnap", *names, *added[: done + 100]}
+    edit(path, unlink, [b".extsnap", *added[: done + 100]])
