@@ -65,6 +65,7 @@ app.command("attach", cls=Command)(serving.attach)
 app.command("detach", cls=Command)(serving.detach)
 app.command("mount", cls=Command)(serving.mount)
 app.command("umount", cls=Command)(serving.umount)
+app.command("serve", cls=Command)(serving.serve)
 app.command("run", cls=serving.RunCommand)(serving.run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,17 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="An existing direc
 
 Scratch = Annotated[
     bool, typer.Option("--scratch", help="With --snapshot: writable, over a layer that is thrown away at the end.")
+]
+
+Snapshot = Annotated[
+    str | None,
+    typer.Option(
+        "--snapshot",
+        metavar="NAME",
+        help="This snapshot, read-only.",
+        autocompletion=complete_snapshot,
+        show_default=False,
+    ),
 ]
 
 _SEPARATOR = "extsnap.separator"
@@ -82,16 +94,7 @@ def detach(
 def mount(
     image: Image,
     directory: Directory,
-    snapshot: Annotated[
-        str | None,
-        typer.Option(
-            "--snapshot",
-            metavar="NAME",
-            help="Mount this snapshot, read-only.",
-            autocompletion=complete_snapshot,
-            show_default=False,
-        ),
-    ] = None,
+    snapshot: Snapshot = None,
     scratch: Scratch = False,
     partition: Partition = None,
     as_json: Json = False,
@@ -109,6 +112,94 @@ def mount(
     if as_json:
         answer = {"version": 1, "image": image, "directory": directory, "snapshot": snapshot, "scratch": scratch}
         output.emit_json(answer)
+
+
+class Program(StrEnum):
+    """What speaks NBD."""
+
+    nbdkit = "nbdkit"
+    qemu_nbd = "qemu-nbd"
+
+
+def parse_tcp(text: str) -> tuple[str, int]:
+    """Return host and port of ``[HOST:]PORT``; without one the host is this machine alone.
+
+    Raises:
+        typer.BadParameter: It is no such thing.
+    """
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 <= int(port) <= 65535):
+        raise typer.BadParameter(f"{text!r} is not [HOST:]PORT", param_hint="--tcp")
+    return host.removeprefix("[").removesuffix("]") or "localhost", int(port)
+
+
+def serve(
+    image: Image,
+    snapshot: Snapshot = None,
+    scratch: Scratch = False,
+    socket: Annotated[
+        str | None,
+        typer.Option("--socket", metavar="PATH", help="Path of the Unix socket.", show_default=False),
+    ] = None,
+    tcp: Annotated[
+        str | None,
+        typer.Option("--tcp", metavar="[HOST:]PORT", help="Listen there instead; port 0: any.", show_default=False),
+    ] = None,
+    tls: Annotated[
+        str | None,
+        typer.Option(
+            "--tls",
+            metavar="DIR",
+            help="TLS with DIR/ca-cert.pem, server-cert.pem and server-key.pem; clients need a certificate of that CA.",
+            show_default=False,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="TCP without TLS: whoever reaches the port reads and writes.")
+    ] = False,
+    program: Annotated[
+        Program | None,
+        typer.Option("--with", help="What serves it; without, one that is installed.", show_default=False),
+    ] = None,
+    partition: Partition = None,
+    as_json: Json = False,
+    version: Version = False,
+) -> None:
+    """Serve the base volume, or a snapshot, by NBD until Ctrl-C, and print its address.
+
+    It is a Unix socket of mode 0600. A snapshot is read-only, or with --scratch over a layer that is thrown away.
+    """
+    require_snapshot(scratch, snapshot)
+    if tcp is None and (tls is not None or insecure):
+        raise typer.BadParameter("it is for --tcp", param_hint="--insecure" if insecure else "--tls")
+    if tcp is not None and (tls is None) == (not insecure):
+        raise typer.BadParameter("give either --tls DIR or --insecure with it", param_hint="--tcp")
+    if tcp is not None and socket is not None:
+        raise typer.BadParameter("give either --socket or --tcp", param_hint="--tcp")
+    host, port = parse_tcp(tcp) if tcp is not None else ("", 0)
+
+    def ready(found: dict[str, Any]) -> None:
+        if as_json:
+            output.emit_json({"version": 1, "image": image, "snapshot": snapshot, "scratch": scratch, **found})
+        else:
+            output.emit_lines([found["uri"]])
+        output.finish()
+
+    with about(image):
+        import os
+
+        from extsnap.serve import nbd, session
+
+        address = nbd.Address(socket or "", host, port, os.path.abspath(tls) if tls is not None else "")
+        session.serve(
+            image,
+            snapshot=snapshot,
+            scratch=scratch,
+            address=address,
+            program=program.value if program is not None else None,
+            ready=ready,
+            partition=partition,
+        )
 
 
 def umount(directory: Directory, as_json: Json = False, version: Version = False) -> None:

@@ -13,14 +13,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import select
-import signal
+import socket
 import subprocess
-import tempfile
-import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from extsnap.blockdev.image import ImageFile
@@ -36,15 +32,15 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import clearing, control, moment, mounting, remote, tools
+from extsnap.serve import clearing, commands, control, moment, mounting, nbd, remote, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
+from extsnap.serve.private import CLOSE_PATIENCE, Private, pass_on, pidfd, wait_gone
 from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
 
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
 
-_CLOSE_PATIENCE = 10.0
 
 
 class Session:
@@ -175,6 +171,10 @@ def _config(place: Place, directory: str, **options: Any) -> ServerConfig:
     )
 
 
+def _private(place: Place, **options: Any) -> Private:
+    return Private(lambda directory: _config(place, directory, private=True, auto_end=True, **options))
+
+
 def _refuse_served(place: Place) -> None:
     served = control.connect(_key(place))
     if served is not None:
@@ -184,80 +184,6 @@ def _refuse_served(place: Place) -> None:
             f"{place.name} is already served at {hello['directory']} (pid {hello['pid']})",
             hint=f"use it there, or run extsnap detach {place.name}",
         )
-
-
-class _Private:
-    """A server of our own in a private directory, and the keeper that holds it."""
-
-    def __init__(self, place: Place, **options: Any) -> None:
-        with control.alone(control.runtime_directory()):
-            self.directory = tempfile.mkdtemp(prefix="serve-", dir=control.runtime_directory())
-            held = control.hold(self.directory)  # until the server has mounted over it
-        try:
-            self.keeper, self.hello = spawn(_config(place, self.directory, private=True, auto_end=True, **options))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.rmdir(self.directory)
-            raise
-        finally:
-            os.close(held)
-        self._pidfd = _pidfd(self.hello["pid"])
-
-    def file(self, name: str = "volume") -> str:
-        """Path of a served file."""
-        return os.path.join(self.directory, name)
-
-    def let_go(self) -> None:
-        """Hang up: the server ends by itself with its last user."""
-        self.keeper.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
-
-    def abandon(self) -> None:
-        """Hang up and wait for the end, if nobody uses the files; for the way out of an error."""
-        self.keeper.close()
-        _wait_gone(self._pidfd, _CLOSE_PATIENCE)
-        self.let_go()
-
-    def end(self) -> bool:
-        """End it; returns whether the volume was left clean.
-
-        Raises:
-            VolumeBusy: Somebody still has a file open; the server ends when they close it.
-            ExtsnapError, OSError: Not everything could be made durable.
-        """
-        try:
-            result = self.keeper.call("server.detach", patience=_CLOSE_PATIENCE)
-            _wait_gone(self._pidfd, _CLOSE_PATIENCE)
-            _pass_on(result)
-            return bool(result.get("clean", True))
-        except VolumeBusy as busy:
-            raise VolumeBusy(busy.message, hint="it stays served until they are done") from busy
-        finally:
-            self.let_go()
-
-
-def _pass_on(result: dict[str, Any]) -> None:
-    """Tell what a server that ended had to say of its session: it stands in its log as well."""
-    for line in result.get("said") or ():
-        tools.notice(line)
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None
-
-
-def _wait_gone(pidfd: int | None, seconds: float | None) -> bool:
-    """Wait for a process to end; returns whether it did."""
-    if pidfd is None:
-        return True
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else int(seconds * 1000)))
 
 
 def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
@@ -291,7 +217,7 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
 
 def _recover(place: Place) -> None:
     """Make a marked volume whole again, with a server of our own that serves nobody else."""
-    server = _Private(place, lazy=True)
+    server = _private(place, lazy=True)
     try:
         if server.hello["needs_replay"]:
             _replay(place.name, server.keeper, server.directory)
@@ -336,16 +262,16 @@ def attach(image: str, directory: str, *, foreground: bool = False, partition: i
     keeper, hello = spawn(_config(place, path))
     with keeper:
         if hello["needs_replay"]:
-            pidfd = _pidfd(hello["pid"])
+            process = pidfd(hello["pid"])
             try:
                 _replay(place.name, keeper, path)
             except BaseException:
                 keeper.close()  # before it has recovered: the server ends
-                _wait_gone(pidfd, _CLOSE_PATIENCE)
+                wait_gone(process, CLOSE_PATIENCE)
                 raise
             finally:
-                if pidfd is not None:
-                    os.close(pidfd)
+                if process is not None:
+                    os.close(process)
 
 
 def _directory_at(path: str) -> mounting.Mount | None:
@@ -463,7 +389,7 @@ def _clear(directory: mounting.Mount, named: str, force: bool) -> None:
 def _end(client: ControlClient, hello: dict[str, Any], force: bool) -> bool:
     """End a server that lives; returns whether the volume was left clean."""
     key = control.key_of_directory(hello["directory"], hello["image"])
-    pidfd = _pidfd(hello["pid"])
+    process = pidfd(hello["pid"])
     try:
         with client:
             directory = mounting.fuse_mount_at(hello["directory"]) if force else None
@@ -475,12 +401,12 @@ def _end(client: ControlClient, hello: dict[str, Any], force: bool) -> bool:
                 if not hello["auto_end"]:
                     raise
                 result = {"clean": not _complaint(key)}  # it ended with its last mount
-        _wait_gone(pidfd, _CLOSE_PATIENCE)
-        _pass_on(result)
+        wait_gone(process, CLOSE_PATIENCE)
+        pass_on(result)
         return bool(result.get("clean", True))
     finally:
-        if pidfd is not None:
-            os.close(pidfd)
+        if process is not None:
+            os.close(process)
 
 
 def _served_otherwise(image: str, partition: int | None) -> control.Record | None:
@@ -537,14 +463,14 @@ def mount(
     server.let_go()
 
 
-def _start_for(place: Place, *, lazy: bool) -> _Private:
+def _start_for(place: Place, *, lazy: bool) -> Private:
     """A server for a mount; a snapshot of an image that we may not write is served all the same."""
     try:
-        return _Private(place, lazy=lazy)
+        return _private(place, lazy=lazy)
     except ImageReadOnly:
         if not lazy:
             raise
-        return _Private(place, writable=False)
+        return _private(place, writable=False)
 
 
 def _mount_from(client: ControlClient, served: str, target: str, snapshot: str | None, scratch: bool) -> None:
@@ -553,12 +479,109 @@ def _mount_from(client: ControlClient, served: str, target: str, snapshot: str |
         with remote.scratch(client, served, snapshot) as file:
             mounting.mount_file(file, target, read_only=False)
         return
-    file = os.path.join(served, "volume" if snapshot is None else f"snapshots/{snapshot}")
-    if not os.path.exists(file):
-        if snapshot is not None:
-            raise SnapshotNotFound(f"no snapshot {snapshot}", hint="extsnap list shows them")
+    file = _require_snapshot(served, snapshot) if snapshot is not None else os.path.join(served, "volume")
+    if snapshot is None and not os.path.exists(file):
         raise ServerError(f"{file} is not there: the server has ended")
     mounting.mount_file(file, target, read_only=snapshot is not None)
+
+
+def serve(
+    image: str,
+    *,
+    snapshot: str | None,
+    scratch: bool,
+    address: nbd.Address,
+    program: str | None,
+    ready: Callable[[dict[str, Any]], None],
+    partition: int | None = None,
+) -> None:
+    """Serve the base volume, or a snapshot, by NBD; returns when a signal has ended that, with everything durable.
+
+    Args:
+        image: Path of the image.
+        snapshot: The snapshot; for reading only, without ``scratch``.
+        scratch: Over a throw-away layer, that goes at the end.
+        address: Where clients come.
+        program: One of `nbd.PROGRAMS`, or None for one that is installed.
+        ready: Told ``{"uri", "program", "read_only"}`` when clients can come.
+        partition: Number of the partition; None and 0 as `locate` takes them.
+
+    Raises:
+        VolumeBusy: The volume is in use, which NBD's clients would not know of.
+        SnapshotNotFound: No such snapshot.
+        ServerError: The address cannot be had, or the program or the volume's server ended by itself.
+        ExtsnapError, OSError: As ``attach`` does.
+    """
+    offer = nbd.Offer(snapshot, scratch, nbd.choose(program), address.tls)
+    place = _place(image, partition)
+    # The address first: one that cannot be had leaves everything as it is.
+    with nbd.listening(address) as (listener, uri):
+        about = {"uri": uri, "program": offer.program, "read_only": offer.read_only}
+        told = functools.partial(ready, about)
+        served = control.connect(_key(place))
+        if served is not None:
+            client, hello = served
+            with client:
+                _serve_from(client, hello, offer, listener, told)
+            return
+        server = _start_for(place, lazy=snapshot is not None)
+        try:
+            if server.hello["needs_replay"]:
+                _replay(place.name, server.keeper, server.directory)
+            _serve_from(server.keeper, server.hello, offer, listener, told)
+        except BaseException:
+            server.abandon()
+            raise
+    if not server.end():
+        raise ServerError(f"{place.name} was not left clean", hint="the next extsnap command that writes recovers it")
+
+
+def _serve_from(
+    client: ControlClient, hello: dict[str, Any], offer: nbd.Offer, listener: socket.socket, told: Callable[[], None]
+) -> None:
+    """Serve a file of a server that runs by NBD, until a signal ends that."""
+    directory = str(hello["directory"])
+    with contextlib.ExitStack() as stack:
+        if offer.snapshot is None:
+            file = os.path.join(directory, "volume")
+            if users := mounting.users_of(file) + mounting.users_of(os.path.join(directory, "disk")):
+                raise VolumeBusy(f"volume is in use: {', '.join(users)}", hint="unmount or close it first")
+        elif offer.scratch:
+            file = stack.enter_context(remote.scratch(client, directory, offer.snapshot))
+        else:
+            file = _require_snapshot(directory, offer.snapshot)
+        # In use from now on, by us, whether the program has it open or not.
+        stack.enter_context(_held(file, os.O_RDONLY if offer.read_only else os.O_RDWR))
+        nbd.run(nbd.command(offer, file), listener, int(hello["pid"]), told)
+
+
+@contextlib.contextmanager
+def _held(file: str, flags: int) -> Iterator[None]:
+    """A served file is open.
+
+    Raises:
+        OSError: What was written to it could not be kept.
+    """
+    descriptor = os.open(file, flags | os.O_CLOEXEC)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    os.close(descriptor)
+
+
+def _require_snapshot(served: str, name: str) -> str:
+    """Path of a snapshot's file.
+
+    Raises:
+        SnapshotNotFound: There is none.
+    """
+    file = os.path.join(served, "snapshots", name)
+    if not os.path.exists(file):
+        raise SnapshotNotFound(f"no snapshot {name}", hint="extsnap list shows them")
+    return file
 
 
 def umount(directory: str) -> None:
@@ -602,20 +625,20 @@ def umount(directory: str) -> None:
             )
         return
     client, hello = served
-    pidfd = _pidfd(hello["pid"])
+    process = pidfd(hello["pid"])
     try:
         with client:
             mounting.unmount(path)
             file = backing.removesuffix(" (deleted)")[len(fuse.point.rstrip("/")) + 1 :]
             try:
-                result = client.call("server.settle", file=file, seconds=_CLOSE_PATIENCE)
+                result = client.call("server.settle", file=file, seconds=CLOSE_PATIENCE)
             except control.ServerGone:
                 # It may have ended before it read the question: its log tells how.
                 result = {"ended": True, "clean": not _complaint(key), "said": _said(key)}
         if not result.get("ended"):
             return
-        _wait_gone(pidfd, _CLOSE_PATIENCE)
-        _pass_on(result)
+        wait_gone(process, CLOSE_PATIENCE)
+        pass_on(result)
         if not result.get("clean", True):
             raise ServerError(
                 f"{fuse.source} was not left clean{_complaint(key)}",
@@ -624,8 +647,8 @@ def umount(directory: str) -> None:
         if result.get("refusal"):
             raise ServerError(f"{fuse.source}: {result['refusal']}", hint="run extsnap check for what it left")
     finally:
-        if pidfd is not None:
-            os.close(pidfd)
+        if process is not None:
+            os.close(process)
 
 
 def _logged(key: control.ImageKey | None) -> list[str]:
@@ -686,10 +709,10 @@ def run(
         with client:
             status, refusal = _run_on(client, os.path.join(hello["directory"], "volume"), command, atomic, ok)
             said = client.call("server.hello")["said"]
-            _pass_on({"said": said[len(hello["said"]) :]})
+            pass_on({"said": said[len(hello["said"]) :]})
             return _checked_status(status, refusal, ok, atomic)
     # Without the kernel's delays a tool learns of a refused write at once, not after a hundred others.
-    server = _Private(place, writeback=False, repair=not atomic)
+    server = _private(place, writeback=False, repair=not atomic)
     try:
         if server.hello["needs_replay"]:
             try:
@@ -719,24 +742,24 @@ def _run_on(
     """Run a command on the served volume; returns its status, and what was refused of its writes."""
     snapshot = ""
     if atomic:
-        snapshot = str(client.call("create", kind="atomic", patience=_CLOSE_PATIENCE)["name"])
+        snapshot = str(client.call("create", kind="atomic", patience=CLOSE_PATIENCE)["name"])
     before = client.call("server.hello")
     ran, status, refusal = True, -1, ""  # an error between here and the end of the command is a failed command
     try:
-        status, ran = _execute(_filled(command, path, before.get("partition") is not None))
+        status, ran = commands.execute(commands.filled(command, path, before.get("partition") is not None))
         after = client.call("server.hello")
         refusal = after["refusal"] if after["refused"] > before["refused"] else ""
     finally:
         if snapshot:
             if ran and (status not in ok or refusal):
                 try:
-                    client.call("restore", name=snapshot, safety=False, patience=_CLOSE_PATIENCE)
+                    client.call("restore", name=snapshot, safety=False, patience=CLOSE_PATIENCE)
                 except (ExtsnapError, OSError) as error:
                     raise ServerError(
                         f"the command ended with status {status}, and the volume could not be restored: {error}",
                         hint=f"snapshot {snapshot} is kept: restore it",
                     ) from error
-            client.call("delete", names=[snapshot], patience=_CLOSE_PATIENCE)
+            client.call("delete", names=[snapshot], patience=CLOSE_PATIENCE)
     return status, refusal
 
 
@@ -755,56 +778,6 @@ def _checked_status(status: int, refusal: str, ok: Collection[int], atomic: bool
         )
     tools.notice(f"{refusal}; {'the volume was restored' if atomic else 'see extsnap check for what it left'}")
     return status
-
-
-def _filled(command: Sequence[str], volume: str, is_partition: bool) -> list[str]:
-    """The command with the paths of the served files; a whole volume has no disk around it."""
-    disk = os.path.join(os.path.dirname(volume), "disk") if is_partition else "{disk}"
-    return [argument.replace("{disk}", disk).replace("{}", volume) for argument in command]
-
-
-def _execute(command: list[str]) -> tuple[int, bool]:
-    """Run a command like a shell does; returns its status, and whether it ran at all."""
-    with _signals_for_child() as started:
-        try:
-            child = subprocess.Popen(command)
-        except FileNotFoundError:
-            tools.notice(f"{command[0]}: command not found")
-            return 127, False
-        except OSError as error:
-            tools.notice(f"{command[0]}: {error.strerror}")
-            return 126, False
-        started.append(child)
-        status = child.wait()
-    return (status if status >= 0 else 128 - status), True
-
-
-@contextlib.contextmanager
-def _signals_for_child() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Ctrl-C reaches the command by itself: it ends, we clean up.  A SIGTERM to us is passed on."""
-    children: list[subprocess.Popen[bytes]] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield children
-        return
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        """A handler, not SIG_IGN, which the command would inherit."""
-
-    old = {
-        signal.SIGINT: signal.signal(signal.SIGINT, leave),
-        signal.SIGQUIT: signal.signal(signal.SIGQUIT, leave),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-        signal.SIGHUP: signal.signal(signal.SIGHUP, pass_on),
-    }
-    try:
-        yield children
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 # ---- check
@@ -858,9 +831,9 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
 
 
 @contextlib.contextmanager
-def _served_for_reading(place: Place) -> Iterator[_Private]:
+def _served_for_reading(place: Place) -> Iterator[Private]:
     """A server that changes nothing."""
-    server = _Private(place, writable=False)
+    server = _private(place, writable=False)
     try:
         yield server
     except BaseException:

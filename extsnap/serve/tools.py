@@ -25,6 +25,8 @@ _PACKAGES = {
     "losetup": "mount",
     "fusermount3": "fuse3",
     "fuse2fs": "fuse2fs",
+    "nbdkit": "nbdkit",
+    "qemu-nbd": "qemu-utils",
 }
 
 

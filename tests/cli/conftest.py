@@ -138,6 +138,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
         ),
     )
     monkeypatch.setattr(session, "umount", lambda directory: fake.answer("umount", directory=directory))
+
+    def serve(
+        image: str, *, ready: Callable[[dict[str, Any]], None], partition: int | None = None, **options: Any
+    ) -> None:
+        ready(fake.at(partition).answer("serve", image=image, **options))
+
+    monkeypatch.setattr(session, "serve", serve)
     monkeypatch.setattr(
         session,
         "run",

@@ -19,6 +19,7 @@ import pytest
 from extsnap import errors
 from extsnap.cli import app, options
 from extsnap.cli.app import main
+from extsnap.serve import nbd
 
 from .conftest import Call, FakeSession, process, snapshot
 
@@ -41,9 +42,11 @@ COMMANDS: dict[str, list[str]] = {
     "detach": ["IMAGE"],
     "mount": ["IMAGE", "DIR"],
     "umount": ["DIR"],
+    "serve": ["IMAGE"],
     "run": ["IMAGE", "--", "true"],
 }
 
+SERVE: dict[str, Any] = {"image": "I", "snapshot": None, "scratch": False, "address": nbd.Address(), "program": None}
 INFO = {
     "version": 1,
     "type": "ext4",
@@ -87,6 +90,7 @@ ANSWERS: dict[str, Any] = {
     "detach": True,
     "mount": None,
     "umount": None,
+    "serve": {"uri": "nbd+unix:///?socket=/run/s", "program": "nbdkit", "read_only": False},
     "run": 0,
 }
 
@@ -163,10 +167,17 @@ def test_a_missing_argument_is_usage(command: str, extsnap: Call, answering: Fak
         ["run", "--ok", "-1", "IMAGE", "--", "true"],
         ["create", "IMAGE", "-dash"],
         ["create", "IMAGE", "a", "-m"],
-        # Commands and options of later releases.
-        ["serve", "IMAGE"],
         ["guard", "IMAGE", "perhaps"],
         ["mount", "IMAGE", "DIR", "--scratch"],
+        ["serve", "IMAGE", "--scratch"],
+        ["serve", "IMAGE", "--tcp", "10809"],
+        ["serve", "IMAGE", "--tcp", "10809", "--tls", "DIR", "--insecure"],
+        ["serve", "IMAGE", "--tcp", "host", "--insecure"],
+        ["serve", "IMAGE", "--tcp", "65536", "--insecure"],
+        ["serve", "IMAGE", "--tcp", "1", "--insecure", "--socket", "PATH"],
+        ["serve", "IMAGE", "--insecure"],
+        ["serve", "IMAGE", "--tls", "DIR"],
+        ["serve", "IMAGE", "--with", "cat"],
         ["list", "-P", "x", "IMAGE"],
         ["list", "-P", "-1", "IMAGE"],
         ["umount", "-P", "1", "DIR"],
@@ -228,6 +239,11 @@ def test_no_command_shows_the_help_on_stderr(extsnap: Call) -> None:
             {"image": "I", "directory": "D", "snapshot": "n", "scratch": True},
         ),
         ("umount D", "umount", {"directory": "D"}),
+        ("serve I", "serve", SERVE),
+        ("serve I --snapshot n --socket /s", "serve", {**SERVE, "snapshot": "n", "address": nbd.Address("/s")}),
+        ("serve I --tcp 0 --insecure", "serve", {**SERVE, "address": nbd.Address("", "localhost", 0)}),
+        ("serve I --tcp [::1]:9 --tls /t", "serve", {**SERVE, "address": nbd.Address("", "::1", 9, "/t")}),
+        ("serve I --with qemu-nbd", "serve", {**SERVE, "program": "qemu-nbd"}),
         ("run I -- a", "run", {"image": "I", "command": ["a"], "atomic": False, "ok": frozenset({0})}),
         (
             "run --atomic --ok 0,1 I -- a",
@@ -316,6 +332,7 @@ def test_run_fails_with_125(extsnap: Call, answering: FakeSession) -> None:
         ("detach", ""),
         ("mount", ""),
         ("umount", ""),
+        ("serve", "nbd+unix:///?socket=/run/s\n"),
         ("run", ""),
         ("dump", "generation  1\n"),
     ],
@@ -336,8 +353,10 @@ def test_json(command: str, extsnap: Call, answering: FakeSession) -> None:
     assert "notices" not in result
     if isinstance(ANSWERS[command], dict):
         expected = {**ANSWERS[command], "out": "OUT"} if command == "export" else ANSWERS[command]
+        if command == "serve":
+            expected = {**expected, "version": 1, "image": "IMAGE", "snapshot": None, "scratch": False}
         assert result == expected
-        assert done.err == "extsnap: look here\n"
+        assert done.err == ("" if command == "serve" else "extsnap: look here\n")  # it ends, and says so, later
 
 
 def test_notices_go_to_stderr_one_line_each(extsnap: Call, answering: FakeSession) -> None:

@@ -42,6 +42,7 @@ ON_IMAGE: dict[str, list[str]] = {
     "attach": ["{image}", "{dir}"],
     "detach": ["{image}"],
     "mount": ["{image}", "{dir}"],
+    "serve": ["{image}"],
     "run": ["{image}", "--", "true"],
 }
 
@@ -396,6 +397,12 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "check no such snapshot": (["check", "{image}", "nonesuch"], ["nonesuch", ";"]),
     "mount no such snapshot": (["mount", "{image}", "{dir}", "--snapshot", "nonesuch"], ["nonesuch"]),
     "mount on no directory": (["mount", "{image}", "{out}"], ["{out}"]),
+    "mount no such snapshot over a layer": (
+        ["mount", "{image}", "{dir}", "--scratch", "--snapshot", "nonesuch"],
+        ["nonesuch"],
+    ),
+    "serve no such snapshot": (["serve", "{image}", "--snapshot", "nonesuch"], ["nonesuch"]),
+    "serve in no directory": (["serve", "{image}", "--socket", "{out}/x"], ["{out}/x", "--socket"]),
     "attach to no directory": (["attach", "{image}", "{out}"], ["{out}"]),
     "detach what is not attached": (["detach", "{image}"], ["not served", "extsnap attach"]),
 }
