@@ -178,6 +178,7 @@ class _Case:
             for _ in range(VIEWS):
                 self._write(0.1)
                 self._create(f"view-{self.number}")
+                self._assert_readers_content()
             for _ in range(_ROUNDS):
                 self._write(_BURST)
                 self._exchange()

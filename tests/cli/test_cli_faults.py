@@ -230,6 +230,27 @@ def test_the_place_of_an_export_fails(
     assert fail_at > 2
 
 
+def test_what_gets_the_name_of_an_export_meanwhile_stays(
+    kept: Path, tmp_path: Path, call_cli: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --force nothing is replaced, also not a file that came after the look whether there is one."""
+    out = tmp_path / "out.img"
+
+    class Meanwhile:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def fsync(self, descriptor: int) -> None:
+            out.write_bytes(b"somebody else's")
+            os.fsync(descriptor)
+
+    monkeypatch.setattr(export_module, "os", Meanwhile())
+    done = call_cli("export", kept / "I", "two", out, status=1)
+    assert f"{out} exists already" in done.stderr
+    assert out.read_bytes() == b"somebody else's"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 CUT = ["list I", "show I two", "info I", "export I two O", "check --quick I", "create I three", "restore I one"]
 
 
