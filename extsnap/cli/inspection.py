@@ -41,8 +41,9 @@ def check(
 ) -> None:
     """Check the store, the base volume and the snapshots.
 
-    That is: both bitmaps, every copy's checksum, and e2fsck on all of them.
-    The exit status is 3 if something is damaged. Nothing is repaired.
+    That is: both bitmaps, every structure and its second copy, every copy's checksum, and e2fsck on all of them.
+    The exit status is 3 if something is damaged; the files that are affected are named. What has a whole second copy is
+    written again, a snapshot that cannot be read whole is listed as damaged from then on; nothing else is changed.
     """
     with about(image):
         from extsnap.serve import session
@@ -67,8 +68,13 @@ def damage_line(image: str, result: dict[str, Any]) -> str:
     damaged = [f"snapshot {snapshot['name']}" for snapshot in result["snapshots"] if not snapshot["ok"]]
     step = "delete the damaged snapshots, or export what is left of them first"
     if not result["store"]["ok"]:
+        if not damaged:
+            step = "export the snapshots that are good, then extsnap strip makes a plain volume of it"
+        elif len(damaged) == len(result["snapshots"]) and not any(one.get("blocks") for one in result["snapshots"]):
+            step = "no snapshot can be read any more: extsnap strip makes a plain volume of it"
         damaged.insert(0, "the store")
-        step = "export the snapshots that are good, then extsnap strip makes a plain volume of it"
+        if result.get("mended") and len(damaged) == 1:
+            step = "it was written again from its second copy, and nothing is lost"
     # None: a mounted base volume, which e2fsck cannot look at.
     if result["base"]["ok"] is False:
         damaged.insert(0, "the base volume")

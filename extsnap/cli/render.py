@@ -133,6 +133,10 @@ def volume_details(result: Mapping[str, Any]) -> Table:
     return table
 
 
+#: Of the files that damage belongs to.
+_AFFECTED_SHOWN = 20
+
+
 def check_table(result: Mapping[str, Any]) -> Table:
     """Return the table of ``check``: one line a part, the errors under it."""
     table = _table()
@@ -153,6 +157,8 @@ def check_table(result: Mapping[str, Any]) -> Table:
                 errors.append(_text(part["skipped"]))
         else:
             verdict = _state("ok" if part["ok"] else "damaged")
+        if part.get("files") or part.get("structures"):
+            errors += _affected(part)
         if part.get("errors_then"):
             errors.append(Text("as it was: the filesystem was marked with errors at that moment"))
             errors += [_text(line) for line in part["errors_then"]]
@@ -160,6 +166,19 @@ def check_table(result: Mapping[str, Any]) -> Table:
             errors.append(Text(f"{count} file{'s' if count != 1 else ''} open and unlinked at that moment"))
         table.add_row(name, Text("-" if status is None else safe(status)), Text("\n").join([verdict, *errors]))
     return table
+
+
+def _affected(part: Mapping[str, Any]) -> list[Text]:
+    """What the damaged blocks belong to: some names, and how many more (--json has all)."""
+    lines = []
+    for title, names in (
+        ("in", part.get("files") or []),
+        ("in the filesystem's", part.get("structures") or []),
+    ):
+        lines += [Text.assemble(f"{title}: ", _text(name)) for name in names[:_AFFECTED_SHOWN]]
+        if len(names) > _AFFECTED_SHOWN:
+            lines.append(Text(f"{title}: {len(names) - _AFFECTED_SHOWN} more"))
+    return lines
 
 
 def dump_lines(what: str, result: Mapping[str, Any]) -> Iterator[str]:

@@ -84,7 +84,7 @@ def without_work_left(view: str, layer: Layer) -> tuple[int, list[str], int] | N
             if not needs_replay and ": clean, " not in done.stdout:
                 return None  # it found a reason to check, and mend, everything: damage
             return (*fsck(scratch), count)
-    except ExtsnapError:
+    except (ExtsnapError, OSError):
         return None
 
 

@@ -142,4 +142,5 @@ def check(client: ControlClient, names: list[str]) -> dict[str, Any]:
     report["store"]["ok"] = not report["store"]["errors"]
     for entry in report["snapshots"]:
         entry["errors"] += found.by_snapshot.get(entry["name"], [])
+        entry.setdefault("blocks", []).extend(found.blocks.get(entry["name"], []))
     return report

@@ -28,11 +28,12 @@ from extsnap.errors import (
     NeedsRecovery,
     ServerError,
     SnapshotNotFound,
+    StoreDamaged,
     VolumeBusy,
     VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import clearing, commands, control, moment, mounting, nbd, remote, tools
+from extsnap.serve import checking, clearing, commands, control, moment, mounting, nbd, remote, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
 from extsnap.serve.private import CLOSE_PATIENCE, Private, pass_on, pidfd, wait_gone
@@ -40,7 +41,6 @@ from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
 
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
-
 
 
 class Session:
@@ -784,7 +784,10 @@ def _checked_status(status: int, refusal: str, ok: Collection[int], atomic: bool
 
 
 def check(image: str, names: Sequence[str] = (), quick: bool = False, partition: int | None = None) -> dict[str, Any]:
-    """Check the store, the base volume and the views; changes nothing.
+    """Check the store, the base volume and the views.
+
+    What is damaged is noted in the image, if it can be written: as states of the snapshots, and by writing again what
+    has a whole second copy.  Nothing else is changed.
 
     Args:
         image: Path of the image.
@@ -805,29 +808,45 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
     if served is not None:
         client, hello = served
         with client:
-            report = _selected(remote.check(client, list(names)), names)
+            found = checking.selected(remote.check(client, list(names)), names)
             volume = os.path.join(hello["directory"], "volume")
             users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
             base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)}
             if not users:
                 base = moment.check_base(volume, lambda: remote.scratch(client, hello["directory"]))
-            return _report(report, base, None if quick else (client, hello["directory"]), client.call("info"))
-    with load_factory(FACTORY)(image, writable=False, partition=place.partition) as at_rest:
-        about = at_rest.verb("info")
-        if at_rest.needs_replay or about.get("marked"):
-            raise NeedsRecovery(
-                f"{place.name} was not closed cleanly and must be recovered before it can be checked",
-                hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
+            done = checking.report(found, base, (client, hello["directory"]), client.call("info"), fsck=not quick)
+            checking.note(done, found, lambda **states: client.call("note_check", **states))
+            return done
+    try:
+        with _opened(place, image, writable=False) as at_rest:
+            about = at_rest.verb("info")
+            if at_rest.needs_replay or about.get("marked"):
+                raise NeedsRecovery(
+                    f"{place.name} was not closed cleanly and must be recovered before it can be checked",
+                    hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
+                )
+            found = checking.selected(at_rest.verb("check", names=list(names)), names)
+    except StoreDamaged as error:
+        # Not even the list of the snapshots can be read, whatever copy: that is what there is to say.
+        lost = {"store": {"ok": False, "errors": [error.message]}, "snapshots": {}}
+        base = {"e2fsck": None, "ok": None, "skipped": "the store cannot be opened"}
+        if not place.partition:  # a partition can only be seen as a volume through its server
+            base = moment.check_base(image, lambda: contextlib.nullcontext(os.devnull))
+        return checking.report(lost, base, None, {}, fsck=False)
+    damaged = any(entry.get("blocks") for entry in found["snapshots"].values())
+    if not damaged and (quick or not found["snapshots"]) and not place.partition:
+        base = moment.check_base(image, lambda: _layer_at_rest(place))
+        done = checking.report(found, base, None, about, fsck=False)
+    else:
+        with _served_for_reading(place) as server:
+            # A partition can only be seen as a volume through its server; so can the files of a snapshot.
+            base = moment.check_base(
+                server.file() if place.partition else image, lambda: remote.scratch(server.keeper, server.directory)
             )
-        report = _selected(at_rest.verb("check", names=list(names)), names)
-    if (quick or not report["snapshots"]) and not place.partition:
-        return _report(report, moment.check_base(image, lambda: _layer_at_rest(place)), None, about)
-    with _served_for_reading(place) as server:
-        # A partition can only be seen as a volume through its server.
-        base = moment.check_base(
-            server.file() if place.partition else image, lambda: remote.scratch(server.keeper, server.directory)
-        )
-        return _report(report, base, None if quick else (server.keeper, server.directory), about)
+            done = checking.report(found, base, (server.keeper, server.directory), about, fsck=not quick)
+    if not about.get("outside_write"):
+        checking.note(done, found, lambda **states: _noted(place, image, states))
+    return done
 
 
 @contextlib.contextmanager
@@ -849,41 +868,10 @@ def _layer_at_rest(place: Place) -> Iterator[str]:
         yield path
 
 
-def _selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The store's own findings, for the named snapshots only."""
-    snapshots = {str(found["name"]): found for found in report.get("snapshots", [])}
-    wanted = {name: snapshots[name] for name in names} if names else snapshots
-    return {"store": report["store"], "snapshots": wanted}
+def _opened(place: Place, image: str, *, writable: bool) -> EngineVolume:
+    return load_factory(FACTORY)(image, writable=writable, partition=place.partition)
 
 
-def _report(
-    report: dict[str, Any], base: dict[str, Any], served: tuple[ControlClient, str] | None, about: dict[str, Any]
-) -> dict[str, Any]:
-    """The answer of `check`; with a server and its directory e2fsck looks at the views, too."""
-    entries = []
-    for name, found in report["snapshots"].items():
-        status: int | None = None
-        entry: dict[str, Any] = {"name": name}
-        errors = list(found.get("errors", []))
-        if served is not None:
-            status, complaints, open_unlinked = moment.judge(
-                os.path.join(served[1], "snapshots", name), functools.partial(remote.scratch, *served, name)
-            )
-            if complaints and found.get("filesystem_errors"):
-                entry["errors_then"] = complaints  # the volume's then: the snapshot shows them as they were
-            else:
-                errors += complaints
-            if open_unlinked:
-                entry["open_unlinked"] = open_unlinked
-        entries.append({**entry, "e2fsck": status, "ok": not errors, "errors": errors})
-    store = {"ok": bool(report["store"]["ok"]), "errors": list(report["store"].get("errors", []))}
-    fine = store["ok"] and base["ok"] is not False and all(entry["ok"] for entry in entries)
-    return {
-        "version": 1,
-        "ok": bool(fine),
-        "state": about.get("state"),
-        "base": base,
-        "snapshots": entries,
-        "store": store,
-        "notices": about.get("notices", []),
-    }
+def _noted(place: Place, image: str, states: dict[str, Any]) -> dict[str, Any]:
+    with _opened(place, image, writable=True) as volume:
+        return volume.verb("note_check", **states)

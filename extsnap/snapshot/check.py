@@ -1,19 +1,24 @@
-"""Checking the store against itself, against the filesystem, and every copy against its checksum."""
+"""Checking the store against itself, against the filesystem, and every copy against its checksum.
+
+`check_store` and `check_piece` change nothing.  `note` makes known what they found: it rewrites what has a whole second
+copy (see `twins`) and commits the states of the snapshots, with one header commit that a crash takes whole or not.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, expand
+from extsnap.arrays import Ints, breaks_to_runs, expand
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
 from extsnap.snapshot.index import Level
+from extsnap.snapshot.twins import examine
 from extsnap.sparsebits import SparseBits
 
 if TYPE_CHECKING:
@@ -35,32 +40,53 @@ class Findings:
 
     Attributes:
         errors: Of the store.
+        worn: Whether a structure has a damaged copy and a whole one.
         by_snapshot: Of the snapshots, by name.
+        blocks: Runs [first block, length] of what cannot be read, by name of the snapshot.
     """
 
     errors: list[str] = field(default_factory=list)
+    worn: bool = False
     by_snapshot: dict[str, list[str]] = field(default_factory=dict)
+    blocks: dict[str, list[list[int]]] = field(default_factory=dict)
     _damaged: int = 0
+    _named: int = 0
     _doubled: int = 0
 
     def add(self, piece: dict[str, Any]) -> None:
         """Take in what `check_piece` found."""
         self._doubled += piece["doubled"]
-        for block, names in piece["damaged"]:
-            self._damaged += 1
-            if self._damaged <= NAMED and names:
-                self.errors.append(f"the copy of block {block} fails its checksum")
+        for first, length, names in piece["damaged"]:
+            if not names:
+                continue
+            self._damaged += length
+            if self._named < NAMED:
+                self._named += 1
+                self.errors.append(_copies_text(first, length))
             for name in names:
                 mine = self.by_snapshot.setdefault(name, [])
                 if len(mine) < NAMED:
-                    mine.append(f"block {block} cannot be read: its copy fails its checksum")
+                    mine.append(
+                        f"block {first} cannot be read: its copy fails its checksum"
+                        if length == 1
+                        else (
+                            f"blocks {first} to {first + length - 1} cannot be read: their copies fail their checksums"
+                        )
+                    )
+                self.blocks.setdefault(name, []).append([first, length])
 
     def close(self) -> None:
         """Say how many there are, after the last piece."""
         if self._doubled:
             self.errors.append(f"{self._doubled} pairs of records name the same block and the same snapshot")
-        if self._damaged > NAMED:
+        if self._damaged > 1:
             self.errors.append(f"{self._damaged} copies fail their checksum")
+
+
+def _copies_text(first: int, length: int) -> str:
+    if length == 1:
+        return f"the copy of block {first} fails its checksum"
+    return f"the copies of blocks {first} to {first + length - 1} fail their checksums"
 
 
 def check_store(volume: Volume, *, copies: bool = True) -> Findings:
@@ -74,11 +100,13 @@ def check_store(volume: Volume, *, copies: bool = True) -> Findings:
     found = Findings()
     if volume.store is None:
         return found
-    for step in (_check_bitmaps, _check_blobs):
-        try:
-            found.errors += step(volume)
-        except ExtsnapError as error:
-            found.errors.append(str(error))
+    _check_structures(volume, found)
+    if volume.require_engine().lost:
+        return found
+    try:
+        found.errors += _check_bitmaps(volume)
+    except ExtsnapError as error:
+        found.errors.append(str(error))
     if copies:
         first: int | None = 0
         try:
@@ -106,7 +134,8 @@ def check_piece(volume: Volume, first: int, *, seconds: float = 0.0) -> dict[str
 
     Returns:
         ``next``: the block to go on from, or None at the end; ``doubled``: pairs of records of one block and one
-        snapshot; ``damaged``: [block, [names of the snapshots that read its copy]] for each copy that is.
+        snapshot; ``damaged``: [block, length, [names of the snapshots that read the copies]] for each run of copies
+        that is.
     """
     deadline = time.monotonic() + seconds
     doubled, damaged = 0, []
@@ -166,19 +195,26 @@ def _doubled(blocks: Ints, rows: npt.NDArray[np.uint64]) -> int:
     return pairs
 
 
-def _check_blobs(volume: Volume) -> list[str]:
-    """Every blob and every preserved bitmap has the right checksum."""
+def _check_structures(volume: Volume, found: Findings) -> None:
+    """Both copies of every structure of the store."""
     engine, store = volume.require_engine(), volume.require_store()
-    for kind, key in store.root.blobs:
-        store.read_blob(fmt.BlobKind(kind), key)
-    engine.history.union()
-    return []
+    examined = examine(store, engine.history, engine.snapshots)
+    found.errors += examined.lost + examined.worn
+    found.worn = bool(examined.worn)
+    if engine.lost and not examined.lost:
+        examined.lose(engine.lost, None)
+        found.errors.append(engine.lost)
+    for entry in volume.snapshot_list():
+        if examined.snapshots is None or entry.id in examined.snapshots:
+            found.by_snapshot.setdefault(entry.name, []).extend(
+                f"it cannot be read whole: {what}" for what in examined.lost[:NAMED]
+            )
 
 
 def _damaged(
     volume: Volume, records: Level, blocks: Ints, inside: Flags, masks: npt.NDArray[np.uint32]
-) -> list[tuple[int, list[str]]]:
-    """(block, snapshots that read its copy) of the copies that do not have their checksum, by block."""
+) -> list[tuple[int, int, list[str]]]:
+    """(block, length, snapshots that read them) of the runs of copies that do not have their checksums, by block."""
     engine, store = volume.require_engine(), volume.require_store()
     copied = np.repeat(records.copy >= 0, records.length)
     behind = blocks - np.repeat(records.block, records.length)
@@ -186,13 +222,47 @@ def _damaged(
     crc_at = np.repeat(records.crc_at, records.length) + behind
     which = np.flatnonzero(inside & copied)
     which = which[np.argsort(logical[which], kind="stable")]
-    bits = engine.masks.bits()
-    damaged = []
+    bad = [np.zeros(0, np.int64)]
     for low in range(0, len(which), PIECE_BLOCKS):
         part = which[low : low + PIECE_BLOCKS]
         found = np.array([fmt.crc(copy) for copy in store.read_blocks(logical[part])], np.uint32)
-        for index in part[np.flatnonzero(found != records.crcs[crc_at[part]])].tolist():
-            row = bits[masks[index]]
-            names = [entry.name for entry in volume.snapshot_list() if row[entry.bit]]
-            damaged.append((int(blocks[index]), names))
-    return sorted(damaged)
+        bad.append(part[found != records.crcs[crc_at[part]]])
+    wrong = np.concatenate(bad)
+    wrong = wrong[np.lexsort((blocks[wrong], masks[wrong]))]
+    new = (np.diff(blocks[wrong], prepend=-2) != 1) | (np.diff(masks[wrong].astype(np.int64), prepend=-1) != 0)
+    first, length = breaks_to_runs(new, 1 << 62)
+    bits = engine.masks.bits()
+    entries = volume.snapshot_list()
+    runs = zip(blocks[wrong[first]].tolist(), length.tolist(), masks[wrong[first]].tolist(), strict=True)
+    return sorted(
+        (block, count, [entry.name for entry in entries if bits[mask, entry.bit]]) for block, count, mask in runs
+    )
+
+
+def note(volume: Volume, damaged: list[str], sound: list[str]) -> list[str]:
+    """Commit what a check found; returns what was mended from second copies.
+
+    Args:
+        damaged: Snapshots that cannot be read whole: they get the state ``damaged``.
+        sound: Snapshots that can: of these it is taken away.  They may still be tainted.
+    """
+    volume.require_trusted()
+    engine, store = volume.require_engine(), volume.require_store()
+    engine.flush()
+    mended = examine(store, engine.history, engine.snapshots, mend=True).worn
+    store.worn = engine.history.worn = False
+    marked = [_noted(entry, damaged, sound) for entry in engine.snapshots]
+    if marked != engine.snapshots:
+        volume.set_states(marked)
+    return mended
+
+
+def _noted(entry: fmt.Snapshot, damaged: list[str], sound: list[str]) -> fmt.Snapshot:
+    tainted = entry.state == fmt.State.TAINTED or bool(entry.flags & fmt.SnapshotFlags.TAINTED)
+    if entry.name in damaged:
+        kept = entry.flags | (fmt.SnapshotFlags.TAINTED if tainted else fmt.SnapshotFlags.NONE)
+        return replace(entry, state=fmt.State.DAMAGED, flags=kept)
+    if entry.name in sound:
+        state = fmt.State.TAINTED if tainted else fmt.State.OK
+        return replace(entry, state=state, flags=entry.flags & ~fmt.SnapshotFlags.TAINTED)
+    return entry

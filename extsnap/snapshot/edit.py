@@ -44,7 +44,7 @@ LOG_BYTES_MAXIMUM = 4 << 20
 def initial_sizes(volume_bytes: int, block_size: int) -> tuple[int, int]:
     """(store blocks, log blocks) for a new store, by the size of the volume."""
     log = min(max(volume_bytes // 256, LOG_BYTES_MINIMUM), LOG_BYTES_MAXIMUM) // block_size
-    return log + (128 << 10) // block_size + 2 * MINIMUM_ROOM, log
+    return 2 * log + (128 << 10) // block_size + 2 * MINIMUM_ROOM, log
 
 
 def set_up(volume: Volume) -> None:
@@ -80,13 +80,14 @@ def set_up(volume: Volume) -> None:
         directory_block=place.directory_block,
         size_blocks=blocks,
         log_blocks=log_blocks,
+        log_twin=SLOT_BLOCKS + log_blocks,
         # A random start: batches of an earlier store that stood in these blocks never look like ours.
         log_epoch=int.from_bytes(volume.random_bytes(7), "little") + 1,
         superblocks=volume.superblock_offsets(fs),
         pending=Pending(fmt.PendingKind.SET_UP, extents, mapping, blocks),
     )
     store = Store(volume.medium.device, root)
-    store.mark_used(np.arange(2 + log_blocks))
+    store.mark_used(np.arange(SLOT_BLOCKS + 2 * log_blocks))
     store.write_blob(fmt.BlobKind.REDO, 0, _build_redo(overlay.changes()))
     store.commit()
     volume.adopt(store)
@@ -266,7 +267,7 @@ def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None
         # What is committed must be redone at every open until it is done: never commit what cannot be.
         raise StoreDamaged("a change of the store's size would write into the store", hint="run extsnap check")
     copies = int(engine.need.test(positions).sum())
-    redo_blocks = -(-len(redo) // volume.block_size)
+    redo_blocks = 2 * -(-len(redo) // volume.block_size)
     if redo_blocks + copies > store.available - engine.reserve():
         raise VolumeFull(
             f"the store has room for {max(0, store.available - engine.reserve())} blocks and the change "

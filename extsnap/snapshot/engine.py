@@ -33,7 +33,7 @@ from extsnap.blockdev.base import Buffer
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.history import History
-from extsnap.snapshot.index import RUN_MAX, Index, Level, merge
+from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
 from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.store import Store
@@ -43,6 +43,8 @@ HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384
 #: What a record of one block takes in the index, its checksum included.
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
+#: The same with the second copy that every blob has.
+_INDEX_BYTES: int = 2 * _RECORD_BYTES
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
 CRC_DTYPE = np.dtype("<u4")
@@ -60,6 +62,7 @@ class Engine:
 
     Attributes:
         spared: Blocks of the store that writes leave alone, so that its own next edit (growth) has room.
+        lost: What of the records could not be read, both copies being damaged; "": nothing.  Then no view can be read.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         self._overwrites_due = False
         self.recovered_batch: Level | None = None
         self.spared = 0
+        self.lost = ""
         self.set_snapshots(snapshots)
 
     # -- state ------------------------------------------------------------------------------------------
@@ -116,7 +120,11 @@ class Engine:
         history = np.zeros(0, fmt.HISTORY_DTYPE)
         if (fmt.BlobKind.HISTORY, 0) in blobs:
             history = fmt.parse_table(store.read_blob(fmt.BlobKind.HISTORY, 0), fmt.HISTORY_DTYPE, "history")
-        self.history = History(self.rows, self.row_bytes, history, store.read_blocks)
+        twins = None
+        if (fmt.BlobKind.HISTORY_TWINS, 0) in blobs:
+            raw = store.read_blob(fmt.BlobKind.HISTORY_TWINS, 0)
+            twins = fmt.parse_table(raw, fmt.HISTORY_TWIN_DTYPE, "history twins").astype(np.int64)
+        self.history = History(self.rows, self.row_bytes, history, store.read_blocks, twins)
         for batch in store.replay_log():
             if len(batch.masks):
                 self.masks.widen(batch.masks.shape[1])
@@ -132,14 +140,23 @@ class Engine:
         self.set_snapshots(self.snapshots)
 
     def _read_level(self, key: int) -> Level:
+        """A level from the first copies that are whole; each of the two blobs may be damaged by itself."""
         store, records, crcs = self.store, fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS
-        return Level.gather(
-            store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize,
-            store.read_table(records, key, fmt.RECORD_DTYPE),
-            store.blob_length(crcs, key) // CRC_DTYPE.itemsize,
-            store.read_table(crcs, key, CRC_DTYPE),
+        return store.first_whole(
+            records,
             key,
+            lambda copy: Level.gather(
+                store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize,
+                store.read_table(records, key, fmt.RECORD_DTYPE, copy),
+                store.first_whole(crcs, key, lambda copy: self._read_crcs(key, copy)),
+                key,
+            ),
         )
+
+    def _read_crcs(self, key: int, copy: int) -> npt.NDArray[np.uint32]:
+        crcs = fmt.BlobKind.INDEX_CRCS
+        count = self.store.blob_length(crcs, key) // CRC_DTYPE.itemsize
+        return gathered(count, self.store.read_table(crcs, key, CRC_DTYPE, copy))
 
     def _checked(self, level: Level) -> Level:
         copied = level.length[level.copy != fmt.ZERO_COPY].sum() if len(level) else 0
@@ -312,17 +329,18 @@ class Engine:
 
     def reserve(self) -> int:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
-        folded: int = len(self.index) * _RECORD_BYTES
-        tables = self.masks.count * self.masks.words * 8 + self.history.table.nbytes + 64 * len(self.snapshots)
+        folded: int = len(self.index) * _INDEX_BYTES
+        history = self.history.table.nbytes + self.history.twins.nbytes
+        tables = 2 * (self.masks.count * self.masks.words * 8 + history + 64 * len(self.snapshots))
         root = self.store.root
         texts = sum(len(key) + len(value) for key, value in root.properties.items())
         header = 4 * (4096 + 24 * len(root.extents) + 16 * len(root.mapping) + texts)
-        return int(-(-(folded + tables + header) // self.block_size)) + 8
+        return int(-(-(folded + tables + header) // self.block_size)) + 16
 
     def room(self) -> int:
         """Copy blocks that can still be promised to writes; each brings a record that the next fold writes."""
         spare = max(0, self.store.available - self.reserve() - self.spared)
-        return spare * self.block_size // (self.block_size + _RECORD_BYTES) - self._held_cost
+        return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost
 
     @property
     def left(self) -> int:
@@ -346,7 +364,7 @@ class Engine:
 
     def blocks_for(self, copies: int) -> int:
         """Blocks that ``copies`` copy blocks take, with a record for each that the next fold writes."""
-        return copies + -(-copies * _RECORD_BYTES // self.block_size)
+        return copies + -(-copies * _INDEX_BYTES // self.block_size)
 
     def _make_room(self, cost: int, start: int, stop: int) -> None:
         """Refuse a write that might not find room for its copies; decide exactly before refusing."""
@@ -414,7 +432,7 @@ class Engine:
 
     def copies_in(self, blocks: Ints) -> Ints:
         """Copies that so many blocks of the store take, with the records for them."""
-        return blocks * self.block_size // (self.block_size + _RECORD_BYTES)
+        return blocks * self.block_size // (self.block_size + _INDEX_BYTES)
 
     def costs_by_rank(self, needed: Iterable[Ints], ranks: Ints, top: int) -> Ints:
         """Copies that overwriting these positions takes once snapshots up to a rank are gone; see `copies_by_rank`.
@@ -676,7 +694,7 @@ class Engine:
         written = [fresh, *([level] for level in rewritten)]
         sizes = [sum(map(len, levels)) * fmt.RECORD_DTYPE.itemsize for levels in written]
         sizes += [sum(len(level.crcs) for level in levels) * 4 for levels in written]
-        needed = sum(-(-length // size) for length in [*sizes, table])
+        needed = 2 * sum(-(-length // size) for length in [*sizes, table])
         if needed > self.store.available:  # asked first: whoever commits next would commit half of a fold
             raise VolumeFull(
                 f"the store has {self.store.available} free blocks and its index needs {needed}",
@@ -715,8 +733,10 @@ class Engine:
         self._masks_stored = self.masks.count
 
     def write_history(self) -> None:
-        """Put the history table into its blob."""
+        """Put the history table into its blobs."""
         self.store.write_blob(fmt.BlobKind.HISTORY, 0, self.history.table.tobytes())
+        twins = self.history.twins.astype(fmt.HISTORY_TWIN_DTYPE).tobytes()
+        self.store.write_blob(fmt.BlobKind.HISTORY_TWINS, 0, twins)
 
     # -- after a crash ----------------------------------------------------------------------------------
 

@@ -43,7 +43,9 @@ ALL_SET = -2
 KNOWN_INCOMPAT = 0
 #: Entries of the snapshot table have flags: a writer that does not know them would clear them.
 RO_COMPAT_SNAPSHOT_FLAGS = 1
-KNOWN_RO_COMPAT = RO_COMPAT_SNAPSHOT_FLAGS
+#: Structures have a second copy: a writer that does not know it would change the first one only, and use its blocks.
+RO_COMPAT_TWINS = 2
+KNOWN_RO_COMPAT = RO_COMPAT_SNAPSHOT_FLAGS | RO_COMPAT_TWINS
 
 
 class SlotFlags(enum.IntFlag):
@@ -74,6 +76,9 @@ class Section(enum.IntEnum):
     PROPERTIES = 14
     FINGERPRINT = 15
     ALLOCATION = 16
+    TWINS = 17
+    TWIN_RUNS = 18
+    LOG_TWIN = 19
 
 
 class BlobKind(enum.IntEnum):
@@ -85,6 +90,12 @@ class BlobKind(enum.IntEnum):
     INDEX = 4
     INDEX_CRCS = 5
     REDO = 6
+    HISTORY_TWINS = 8
+
+
+def name_of_blob(kind: int) -> str:
+    """A kind of blob in a message; a later version may have others."""
+    return BlobKind(kind).name.lower() if kind in BlobKind.__members__.values() else f"blob of kind {kind}"
 
 
 class PendingKind(enum.IntEnum):
@@ -177,6 +188,11 @@ LogPlace = c.Struct(
     "blocks" / c.Int64ul,
 )
 
+LogTwin = c.Struct(
+    "start" / c.Int64ul,  # first logical block of the log's second copy
+    "batches" / c.Int64ul,  # of this epoch that are durable: fewer are damage
+)
+
 PendingHead = c.Struct(
     "kind" / c.Int32ul,
     "reserved" / c.Int32ul,
@@ -221,6 +237,10 @@ SnapshotEntry = c.Struct(
 EXTENT_DTYPE = np.dtype([("logical", "<u8"), ("physical", "<u8"), ("length", "<u8")])
 RUN_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8")])
 BLOB_DTYPE = np.dtype([("kind", "<u4"), ("key", "<u4"), ("length", "<u8"), ("crc", "<u4"), ("runs", "<u4")])
+#: The second copy of a blob: as many runs.
+TWIN_DTYPE = np.dtype([("kind", "<u4"), ("key", "<u4"), ("runs", "<u4"), ("reserved", "<u4")])
+#: Second copies of the preserved bitmaps, one an entry of the history; -1: there is none.
+HISTORY_TWIN_DTYPE = np.dtype("<i8")
 #: One record: ``length`` blocks from ``block``; copies at logical blocks from ``copy``, or ZERO_COPY.
 RECORD_DTYPE = np.dtype([("block", "<u8"), ("copy", "<i8"), ("length", "<u4"), ("mask", "<u4"), ("writes", "<u4")])
 #: From snapshot ``id`` on, the preserved bitmap of group row ``row`` is the one at logical block ``ref``.
@@ -335,6 +355,8 @@ class SnapshotFlags(enum.IntFlag):
     NONE = 0
     #: The filesystem was marked with errors at that moment.
     FILESYSTEM_ERRORS = 1
+    #: It is damaged, and besides it was at risk when the volume was written outside extsnap.
+    TAINTED = 2
 
 
 @dataclass(frozen=True)

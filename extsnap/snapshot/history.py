@@ -37,6 +37,7 @@ class History:
         row_bytes: Bytes of one row's bitmap (blocks per group / 8).
         table: HISTORY_DTYPE entries, in any order.
         read: Reads logical blocks of the store: (int64[n]) -> uint8[n, block_size].
+        twins: Logical blocks of the second copies of the bitmaps, one an entry; -1: there is none.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class History:
         row_bytes: int,
         table: npt.NDArray[np.void],
         read: Callable[[Ints], npt.NDArray[np.uint8]],
+        twins: Ints | None = None,
     ) -> None:
         self.rows = rows
         self.row_bytes = row_bytes
@@ -54,11 +56,15 @@ class History:
         self._words = 1
         if len(table) and int(table["row"].max()) >= rows:
             raise StoreDamaged("history: an entry names a group that the volume does not have")
-        self._set_table(np.array(table, fmt.HISTORY_DTYPE))
+        self.worn = False
+        self._set_table(np.array(table, fmt.HISTORY_DTYPE), np.full(len(table), -1) if twins is None else twins)
 
-    def _set_table(self, table: npt.NDArray[np.void]) -> None:
+    def _set_table(self, table: npt.NDArray[np.void], twins: Ints) -> None:
+        if len(twins) != len(table) or (table["ref"][twins >= 0] < 0).any():
+            raise StoreDamaged("history: the second copies are not those of its entries")
         order = np.lexsort((table["id"], table["row"]))
         self.table = table[order]
+        self.twins = twins[order]
         self._row = self.table["row"].astype(np.int64)
         self._id = self.table["id"].astype(np.int64)
         self._ref = self.table["ref"].astype(np.int64)
@@ -73,7 +79,7 @@ class History:
     def resize(self, rows: int) -> None:
         """The volume has ``rows`` group rows now; no snapshot preserves anything in those that come or go."""
         self.rows = rows
-        self._set_table(self.table)
+        self._set_table(self.table, self.twins)
 
     def set_alive(self, alive: list[tuple[int, int]], words: int) -> None:
         """Name the snapshots that count, as (id, bit), and the width of masks."""
@@ -81,8 +87,22 @@ class History:
         self._cache.clear()
 
     def refs_in_use(self) -> Ints:
-        """Logical blocks that hold bitmaps: int64[n], sorted, each once."""
-        return distinct(self._ref[self._ref >= 0])
+        """Logical blocks that hold bitmaps, second copies included: int64[n], sorted, each once."""
+        return distinct(np.concatenate([self._ref[self._ref >= 0], self.twins[self.twins >= 0]]))
+
+    def stored(self) -> Ints:
+        """The entries whose bitmap stands in the store."""
+        return np.flatnonzero(self._ref >= 0)
+
+    def are_whole(self, entries: Ints, blocks: Ints) -> npt.NDArray[np.bool_]:
+        """bool[n]: whether logical ``blocks`` hold the bitmaps of ``entries``."""
+        found = self._read(blocks)[:, : self.row_bytes]
+        crcs = np.array([fmt.crc(bitmap.tobytes()) for bitmap in found], np.int64)
+        return np.asarray(crcs == self._crc[entries])
+
+    def ids_of(self, entries: Ints, ids: list[int]) -> list[int]:
+        """Those of the snapshots ``ids`` that one of ``entries`` is in force for."""
+        return [number for number in ids if np.isin(entries, self._entries_at(number)[1]).any()]
 
     # -- reading ----------------------------------------------------------------------------------------
 
@@ -104,13 +124,23 @@ class History:
         for start in range(0, len(stored), 4096):  # bounded memory: a batch of blocks at a time
             which = stored[start : start + 4096]
             blocks = self._read(refs[which])[:, : self.row_bytes]
-            for index, bitmap in zip(which.tolist(), blocks, strict=True):
-                if fmt.crc(bitmap.tobytes()) != self._crc[entries[index]]:
-                    raise StoreDamaged(
-                        f"the preserved bitmap of group row {self._row[entries[index]]} "
-                        f"(snapshot id {self._id[entries[index]]}) fails its checksum"
-                    )
+            crcs = np.array([fmt.crc(bitmap.tobytes()) for bitmap in blocks], np.int64)
+            bad = np.flatnonzero(crcs != self._crc[entries[which]])
+            if len(bad):
+                blocks[bad] = self._second(entries[which[bad]])
             out[which] = blocks
+
+    def _second(self, entries: Ints) -> Bits:
+        """The bitmaps of ``entries`` from their second copies."""
+        whole = self.twins[entries] >= 0
+        whole[whole] = self.are_whole(entries[whole], self.twins[entries[whole]])
+        if not whole.all():
+            lost = entries[~whole][0]
+            raise StoreDamaged(
+                f"the preserved bitmap of group row {self._row[lost]} (snapshot id {self._id[lost]}) fails its checksum"
+            )
+        self.worn = True
+        return self._read(self.twins[entries])[:, : self.row_bytes]
 
     def assemble(self, snapshot_id: int) -> SparseBits:
         """The whole preserved bitmap of one snapshot."""
@@ -207,19 +237,22 @@ class History:
         """From ``snapshot_id`` on, ``rows`` are as in ``bits`` (tidy).
 
         Args:
-            refs: Logical blocks for the rows that are mixed, in order.
+            refs: Logical blocks for the rows that are mixed, in order: first all bitmaps, then all second copies.
             write: Fills logical blocks: (int64[n], uint8[n, row_bytes]).
         """
         new = np.zeros(len(rows), fmt.HISTORY_DTYPE)
         new["id"], new["row"] = snapshot_id, rows
         new["ref"] = np.where(np.isin(rows, bits.set_rows()), ALL_SET, ALL_CLEAR)
         stored = np.flatnonzero(np.isin(rows, bits.mixed_rows()))
-        new["ref"][stored] = refs
+        first, second = refs[: len(stored)], refs[len(stored) :]
+        twins = np.full(len(rows), -1)
+        new["ref"][stored], twins[stored] = first, second
         for some in parts(np.arange(len(stored))):
             bitmaps = bits.take(rows[stored[some]])
-            write(refs[some], bitmaps)
+            write(first[some], bitmaps)
+            write(second[some], bitmaps)
             new["crc"][stored[some]] = [fmt.crc(bitmap.data) for bitmap in bitmaps]
-        self._set_table(np.concatenate([self.table, new]))
+        self._set_table(np.concatenate([self.table, new]), np.concatenate([self.twins, twins]))
 
     def collect(self) -> Ints:
         """Drop the entries that no living snapshot sees; returns the logical blocks that nobody refers to now."""
@@ -227,5 +260,5 @@ class History:
         keep = np.zeros(len(self._row), np.bool_)
         for snapshot_id, _ in self._alive:
             keep[self._entries_at(snapshot_id)[1]] = True
-        self._set_table(self.table[keep])
+        self._set_table(self.table[keep], self.twins[keep])
         return np.setdiff1d(before, self.refs_in_use())

@@ -87,11 +87,10 @@ class Level:
         cls,
         records: int,
         tables: Iterable[np.ndarray[tuple[int], np.dtype[np.void]]],
-        copies: int,
-        crcs: Iterable[Crcs],
+        crcs: Crcs,
         stored: int,
     ) -> Level:
-        """From ``records`` entries and ``copies`` checksums that come in pieces, column by column: no second copy."""
+        """From ``records`` entries that come in pieces, column by column, and the checksums."""
         names = ("block", "length", "copy", "mask", "writes")
         kinds = (np.int64, np.int64, np.int64, np.uint32, np.int64)
         columns: list[npt.NDArray[Any]] = [np.empty(records, kind) for kind in kinds]
@@ -100,12 +99,7 @@ class Level:
             for name, column in zip(names, columns, strict=True):
                 column[at : at + len(table)] = table[name]
             at += len(table)
-        joined = np.empty(copies, np.uint32)
-        at = 0
-        for piece in crcs:
-            joined[at : at + len(piece)] = piece
-            at += len(piece)
-        return cls(columns[0], columns[1], columns[2], columns[3], columns[4], joined, stored)
+        return cls(columns[0], columns[1], columns[2], columns[3], columns[4], crcs, stored)
 
     def parts(self) -> Iterator[slice]:
         """Slices of the records that are small enough for work that takes memory for each block."""
@@ -158,6 +152,16 @@ class Level:
         crcs = self.crcs[expand(self.crc_at[record] + shift, copied)]
         cut = Level(self.block[record] + shift, length, copy, self.mask[record], self.writes[record], crcs)
         return cut.take(np.argsort(cut.block, kind="stable"))
+
+
+def gathered(copies: int, pieces: Iterable[Crcs]) -> Crcs:
+    """``copies`` checksums that come in pieces, as one array."""
+    joined = np.empty(copies, np.uint32)
+    at = 0
+    for piece in pieces:
+        joined[at : at + len(piece)] = piece
+        at += len(piece)
+    return joined
 
 
 def merge(levels: list[Level]) -> Level:

@@ -12,13 +12,16 @@ What is durable when
 * Blocks given to ``release`` are reused only after the commit that no longer refers to them is durable.
 * ``append_batch`` writes into the log in place, never over a sector of a committed batch.  The batch counts
   once the caller's barrier returned; its checksum is salted with the epoch, which every fold moves on.
+* Blobs and the log have a twin: a second copy elsewhere, written before the same barrier.  Whoever reads takes the
+  first that has its checksum, so any single damaged block is survived; `twins` finds the other one and mends it.
+  After a crash a batch that is whole in either copy of the log counts, as it would with one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import construct
 import numpy as np
@@ -41,6 +44,7 @@ from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
 
+T = TypeVar("T")
 #: Rows (logical, physical, length).
 Extents = npt.NDArray[np.int64]
 NO_EXTENTS: Extents = np.zeros((0, 3), np.int64)
@@ -50,6 +54,8 @@ NO_BLOCKS: Ints = np.zeros(0, np.int64)
 SLOT_BLOCKS = 2
 #: Content that moves is copied in pieces of this many bytes.
 CARRY_BYTES = 4 << 20
+#: Distance of two copies, where there is room.
+APART_BYTES = 1 << 20
 #: About as many bytes of a blob are read at once.
 PIECE_BYTES = 4 << 20
 
@@ -94,6 +100,9 @@ class Root:
         counting: The counting bitmap: bit i is set where snapshot bit i is allocated.
         superblocks: Byte offsets of the superblocks that carry guard, mark and pointer.
         ro_compat: Feature word of the slots: what a writer must know.
+        twins: Runs (start, length) of the second copies of blobs.
+        log_twin: First logical block of the log's second copy; 0: there is none.
+        log_batches: Batches of this epoch that were durable at the commit.
     """
 
     store_uuid: bytes
@@ -119,6 +128,9 @@ class Root:
     properties: dict[str, str] = field(default_factory=dict)
     fingerprint: bytes = b""
     ro_compat: int = 0
+    twins: dict[tuple[int, int], Ints] = field(default_factory=dict)
+    log_twin: int = 0
+    log_batches: int = 0
 
     def allocation_runs(self) -> Ints:
         """Runs (start, length) of every block of extsnap: what the snapshot allocation bitmap holds."""
@@ -134,8 +146,10 @@ class Root:
         size = int((self.extents[:, 0] + self.extents[:, 2]).max()) if len(self.extents) else 0
         if not 0 <= self.log_start <= self.log_start + self.log_blocks <= size or self.size_blocks > 2 * size + 8:
             raise StoreDamaged("root: the log lies outside the store")
-        for (kind, key), blob in self.blobs.items():
-            runs = blob.runs
+        if not 0 <= self.log_twin <= self.log_twin + self.log_blocks <= size:
+            raise StoreDamaged("root: the second copy of the log lies outside the store")
+        places = [(name, blob.runs) for name, blob in self.blobs.items()]
+        for (kind, key), runs in [*places, *self.twins.items()]:
             outside = len(runs) and (runs.min() < 0 or runs.max() > size or runs.sum(axis=1).max() > size)
             if outside or (len(runs) and runs[:, 1].sum() > size):
                 raise StoreDamaged(f"root: blob {kind}.{key} lies outside the store")
@@ -171,6 +185,17 @@ class Root:
             (section.FINGERPRINT, self.fingerprint),
             (section.ALLOCATION, _runs_bytes(self.allocation_runs())),
         ]
+        if self.twins:
+            twins = np.zeros(len(self.twins), fmt.TWIN_DTYPE)
+            for index, ((kind, key), mine) in enumerate(sorted(self.twins.items())):
+                twins[index] = (kind, key, len(mine), 0)
+            sections += [
+                (section.TWINS, twins.tobytes()),
+                (section.TWIN_RUNS, b"".join(_runs_bytes(mine) for _, mine in sorted(self.twins.items()))),
+            ]
+        if self.log_twin:
+            twin = fmt.LogTwin.build({"start": self.log_twin, "batches": self.log_batches})
+            sections.append((section.LOG_TWIN, bytes(twin)))
         if self.pending:
             head = {"kind": self.pending.kind, "reserved": 0, "size_blocks": self.pending.size_blocks}
             sections += [
@@ -231,6 +256,11 @@ class Root:
                 ),
                 fingerprint=parts[section.FINGERPRINT],
             )
+            if section.TWINS in parts:
+                root.twins = _parse_twins(parts[section.TWINS], parts[section.TWIN_RUNS], blobs)
+            if section.LOG_TWIN in parts:
+                twin = fmt.LogTwin.parse(parts[section.LOG_TWIN])
+                root.log_twin, root.log_batches = int(twin.start), int(twin.batches)
             if section.PENDING in parts:
                 head = fmt.PendingHead.parse(parts[section.PENDING])
                 root.pending = Pending(
@@ -304,6 +334,21 @@ def _parse_blobs(raw: bytes, raw_runs: bytes) -> dict[tuple[int, int], Blob]:
     return blobs
 
 
+def _parse_twins(raw: bytes, raw_runs: bytes, blobs: dict[tuple[int, int], Blob]) -> dict[tuple[int, int], Ints]:
+    table = fmt.parse_table(raw, fmt.TWIN_DTYPE, "twins")
+    runs = fmt.parse_table(raw_runs, fmt.RUN_DTYPE, "twin runs")
+    pairs = np.stack([runs["start"], runs["length"]], axis=1).astype(np.int64)
+    ends = np.cumsum(table["runs"], dtype=np.int64)
+    if (int(ends[-1]) if len(ends) else 0) != len(pairs):
+        raise StoreDamaged("twins: the runs do not add up")
+    names = zip(table["kind"].tolist(), table["key"].tolist(), strict=True)
+    twins = dict(zip(names, np.split(pairs, ends[:-1]), strict=True)) if len(table) else {}
+    for name, mine in twins.items():
+        if name not in blobs or int(blobs[name].runs[:, 1].sum()) != int(mine[:, 1].sum()):
+            raise StoreDamaged(f"twins: blob {name[0]}.{name[1]} has none of this size")
+    return twins
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch of the log, parsed."""
@@ -315,7 +360,11 @@ class Batch:
 
 
 class Store:
-    """The committed root, the state of the logical blocks, and the ways to write both."""
+    """The committed root, the state of the logical blocks, and the ways to write both.
+
+    Attributes:
+        worn: A structure was read from its second copy, because the first one is damaged.
+    """
 
     def __init__(self, device: CloningDevice, root: Root) -> None:
         self.device = device
@@ -332,6 +381,7 @@ class Store:
         self._pending_batch = 0
         self.log_position = 0
         self.log_sequence = 0
+        self.worn = False
         self.set_extents(root.extents)
 
     # -- logical blocks ---------------------------------------------------------------------------------
@@ -418,6 +468,21 @@ class Store:
             low = high if high < total else 0
         self.available -= count
         return np.sort(np.concatenate(found)) if found else NO_BLOCKS
+
+    def allocate_pair(self, count: int) -> tuple[Ints, Ints]:
+        """Blocks for two copies of something, sorted, and apart: what damages one seldom reaches the other.
+
+        Raises:
+            VolumeFull: There are not enough for both; nothing is taken.
+        """
+        if 2 * count > self.available:
+            self.allocate(2 * count)  # says how many there are
+        first = self.allocate(count)
+        here, total = self._cursor, len(self._available)
+        self._cursor = (here + min(total // 2, APART_BYTES // self.block_size // 8)) % max(1, total)
+        second = self.allocate(count)
+        self._cursor = here
+        return first, second
 
     def unallocate(self, logical: Ints) -> None:
         """Give back blocks that were allocated and never committed."""
@@ -535,35 +600,62 @@ class Store:
         """
         self.write_pieces(kind, key, len(data), [data])
 
-    def write_pieces(self, kind: fmt.BlobKind, key: int, length: int, pieces: Iterable[bytes]) -> None:
+    def write_pieces(
+        self, kind: fmt.BlobKind, key: int, length: int, pieces: Iterable[bytes], *, twin: bool = True
+    ) -> None:
         """`write_blob` of ``length`` bytes that come in pieces, all but the last of whole blocks.
+
+        Args:
+            twin: Write it twice.
 
         Raises:
             VolumeFull: No room; the root is as before.
         """
-        blocks = self.allocate(-(-length // self.block_size))
+        each = -(-length // self.block_size)
+        copies: tuple[Ints, ...] = self.allocate_pair(each) if twin else (self.allocate(each),)
         crc = at = 0
         for piece in pieces:
             count = -(-len(piece) // self.block_size)
-            self.write_blocks(blocks[at : at + count], piece)
+            for blocks in copies:
+                self.write_blocks(blocks[at : at + count], piece)
             crc = fmt.crc(piece, crc)
             at += count
         self.drop_blob(kind, key)
-        self.root.blobs[kind, key] = Blob(length, crc, runs_of(blocks))
+        self.root.blobs[kind, key] = Blob(length, crc, runs_of(copies[0]))
+        if twin:
+            self.root.twins[kind, key] = runs_of(copies[1])
 
     def drop_blob(self, kind: fmt.BlobKind, key: int) -> None:
         """Remove a blob, if there is one; its blocks are free after the next commit."""
         old = self.root.blobs.pop((kind, key), None)
         if old is not None:
             self.release(expand(old.runs[:, 0], old.runs[:, 1]))
+        twin = self.root.twins.pop((kind, key), None)
+        if twin is not None:
+            self.release(expand(twin[:, 0], twin[:, 1]))
 
     def read_blob(self, kind: fmt.BlobKind, key: int) -> bytes:
         """The byte string under (kind, key).
 
         Raises:
-            StoreDamaged: It is missing or fails its checksum.
+            StoreDamaged: It is missing, or no copy of it has its checksum.
         """
-        return b"".join(self._blob_pieces(kind, key, 1))
+        return self.first_whole(kind, key, lambda copy: b"".join(self.blob_pieces(kind, key, copy)))
+
+    def first_whole(self, kind: fmt.BlobKind, key: int, read: Callable[[int], T]) -> T:
+        """What ``read`` returns of the first copy of a blob (it gets its number) that is not damaged.
+
+        Raises:
+            StoreDamaged: All are.
+        """
+        twins = (kind, key) in self.root.twins
+        try:
+            return read(0)
+        except StoreDamaged:
+            if not twins:
+                raise
+        self.worn = True
+        return read(1)
 
     def blob_length(self, kind: fmt.BlobKind, key: int) -> int:
         """Bytes of the blob under (kind, key).
@@ -573,26 +665,37 @@ class Store:
         """
         blob = self.root.blobs.get((kind, key))
         if blob is None:
-            raise StoreDamaged(f"store: {kind.name.lower()} {key} is missing")
+            raise StoreDamaged(f"store: {fmt.name_of_blob(kind)} {key} is missing")
         room = int(blob.runs[:, 1].sum()) * self.block_size if len(blob.runs) else 0
         if blob.length > room or room > self.device.size:
-            raise StoreDamaged(f"store: {kind.name.lower()} {key} is longer than its blocks")
+            raise StoreDamaged(f"store: {fmt.name_of_blob(kind)} {key} is longer than its blocks")
         return blob.length
 
-    def read_table(self, kind: fmt.BlobKind, key: int, dtype: np.dtype[Any]) -> Iterator[np.ndarray[Any, Any]]:
-        """The entries of a blob, some at a time: a large one is never in memory whole.
+    def read_table(
+        self, kind: fmt.BlobKind, key: int, dtype: np.dtype[Any], copy: int = 0
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """The entries of a copy of a blob, some at a time: a large one is never in memory whole.
 
         Raises:
-            StoreDamaged: As `read_blob`; a wrong checksum shows at the end only, so nothing of it counts before.
+            StoreDamaged: It is; a wrong checksum shows at the end only, so nothing of it counts before.
         """
-        for piece in self._blob_pieces(kind, key, dtype.itemsize):
-            yield fmt.parse_table(piece, dtype, f"{kind.name.lower()} {key}")
+        for piece in self.blob_pieces(kind, key, copy, dtype.itemsize):
+            yield fmt.parse_table(piece, dtype, f"{fmt.name_of_blob(kind)} {key}")
 
-    def _blob_pieces(self, kind: fmt.BlobKind, key: int, entry_bytes: int) -> Iterator[bytes]:
-        """The bytes of a blob in pieces of whole entries."""
+    def blob_blocks(self, kind: fmt.BlobKind, key: int, copy: int = 0) -> Ints:
+        """The logical blocks of a copy of a blob (0: the first, 1: the twin), in order."""
+        runs = self.root.twins[kind, key] if copy else self.root.blobs[kind, key].runs
+        return expand(runs[:, 0], runs[:, 1])
+
+    def blob_pieces(self, kind: fmt.BlobKind, key: int, copy: int = 0, entry_bytes: int = 1) -> Iterator[bytes]:
+        """The bytes of a copy of a blob in pieces of whole entries.
+
+        Raises:
+            StoreDamaged: As `read_table`.
+        """
         left = self.blob_length(kind, key)
         blob = self.root.blobs[kind, key]
-        blocks = expand(blob.runs[:, 0], blob.runs[:, 1])
+        blocks = self.blob_blocks(kind, key, copy)
         step = entry_bytes * max(1, PIECE_BYTES // (entry_bytes * self.block_size))
         crc = 0
         for low in range(0, len(blocks), step):
@@ -601,7 +704,7 @@ class Store:
             left -= len(piece)
             yield piece
         if crc != blob.crc:
-            raise StoreDamaged(f"store: {kind.name.lower()} {key} fails its checksum")
+            raise StoreDamaged(f"store: {fmt.name_of_blob(kind)} {key} fails its checksum")
 
     # -- header -----------------------------------------------------------------------------------------
 
@@ -613,6 +716,9 @@ class Store:
         """
         payload_room = self.block_size - fmt.SEGMENT_HEADER
         self.root.generation += 1
+        self.root.log_batches = self.log_sequence
+        twins = fmt.RO_COMPAT_TWINS if self.root.twins or self.root.log_twin else 0
+        self.root.ro_compat = self.root.ro_compat & ~fmt.RO_COMPAT_TWINS | twins
         raw = self.root.build()
         count = -(-len(raw) // payload_room)
         if self.available < 2 * count:
@@ -624,8 +730,7 @@ class Store:
         if self._unsynced:
             self.device.flush()
             self._unsynced = False
-        for slot in self._order:
-            chain = self.allocate(count)
+        for slot, chain in zip(self._order, self.allocate_pair(count), strict=True):
             first = self._write_chain(chain, raw)
             head = fmt.build_slot(
                 ro_compat=self.root.ro_compat,
@@ -691,7 +796,7 @@ class Store:
         reasons = []
         for index, block in enumerate(slots):
             try:
-                slot, raw, chains[index] = _read_slot(device, block, block_size, device_blocks)
+                slot, raw, chains[index] = read_slot(device, block, block_size, device_blocks)
             except StoreDamaged as error:
                 reasons.append(f"slot {'AB'[index]}: {error.message}")
                 continue
@@ -717,8 +822,11 @@ class Store:
             raise StoreDamaged("store header: the slots are not where the store's own extents put them")
         store.mark_used(np.arange(SLOT_BLOCKS))
         store.mark_used(np.arange(root.log_start, root.log_start + root.log_blocks))
-        for blob in root.blobs.values():
-            store.mark_used(expand(blob.runs[:, 0], blob.runs[:, 1]))
+        if root.log_twin:
+            store.mark_used(np.arange(root.log_twin, root.log_twin + root.log_blocks))
+        for runs in [*(blob.runs for blob in root.blobs.values()), *root.twins.values()]:
+            store.mark_used(expand(runs[:, 0], runs[:, 1]))
+        store.worn = bool(reasons)
         for index, chain in enumerate(chains):
             # The chain of the slot that lost may hold blocks that the winner uses or does not own: it is free.
             if index == chosen or (len(chain) and _same_generation(device, slots, index, block_size, slot.generation)):
@@ -759,13 +867,19 @@ class Store:
         body = bytes(head)[8:] + payload
         raw = fmt.BATCH_MAGIC + fmt.crc(body).to_bytes(4, "little") + body
         self._pending_batch = -(-len(raw) // fmt.SECTOR) * fmt.SECTOR
-        self._write_log(self.log_position, raw)
+        for start in self.log_copies():
+            self.write_log(start, self.log_position, raw)
 
-    def _write_log(self, position: int, raw: bytes) -> None:
+    def log_copies(self) -> list[int]:
+        """First logical blocks of the log and of its twin."""
+        return [self.root.log_start, *([self.root.log_twin] if self.root.log_twin else [])]
+
+    def write_log(self, log: int, position: int, raw: bytes) -> None:
+        """Write into a copy of the log, which begins at logical block ``log``.  Not durable before a barrier."""
         size = self.block_size
         at = 0
         first = position // size
-        blocks = np.arange(first, (position + len(raw) + size - 1) // size, dtype=np.int64) + self.root.log_start
+        blocks = np.arange(first, (position + len(raw) + size - 1) // size, dtype=np.int64) + log
         physical = self.physical(blocks)
         start, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
         for index, count in zip(start.tolist(), length.tolist(), strict=True):
@@ -789,29 +903,41 @@ class Store:
         """All batches of this epoch, in order; the log is positioned behind the last.
 
         Raises:
-            StoreDamaged: A valid batch stands behind an invalid one.
+            StoreDamaged: A valid batch stands behind an invalid one, or there were more at the last commit.
         """
-        log = np.arange(self.root.log_start, self.root.log_start + self.root.log_blocks, dtype=np.int64)
-        raw = self.read_blocks(log).tobytes()
+        copies = [self.read_log(start) for start in self.log_copies()]
         batches: list[Batch] = []
         position = 0
-        while (batch := self._parse_batch(raw, position, len(batches))) is not None:
+        while True:
+            found = [self.parse_batch(raw, position, len(batches)) for raw in copies]
+            batch = next((one for one in found if one is not None), None)
+            if batch is None:
+                break
+            self.worn |= None in found
             batches.append(batch[0])
             position += batch[1]
-        heads = np.flatnonzero(
-            np.frombuffer(raw, np.uint8).reshape(-1, fmt.SECTOR)[:, :4].copy().view("<u4").ravel()
-            == int.from_bytes(fmt.BATCH_MAGIC, "little")
-        )
-        for sector in heads[heads * fmt.SECTOR > position].tolist():
-            later = self._parse_batch(raw, sector * fmt.SECTOR, None)
-            if later is not None and later[0].sequence > len(batches):
-                raise StoreDamaged(
-                    f"log: batch {len(batches)} at byte {position} is damaged, but batch {later[0].sequence} is not"
-                )
+        for raw in copies:
+            heads = np.flatnonzero(
+                np.frombuffer(raw, np.uint8).reshape(-1, fmt.SECTOR)[:, :4].copy().view("<u4").ravel()
+                == int.from_bytes(fmt.BATCH_MAGIC, "little")
+            )
+            for sector in heads[heads * fmt.SECTOR > position].tolist():
+                later = self.parse_batch(raw, sector * fmt.SECTOR, None)
+                if later is not None and later[0].sequence > len(batches):
+                    raise StoreDamaged(
+                        f"log: batch {len(batches)} at byte {position} is damaged, but batch {later[0].sequence} is not"
+                    )
+        if len(batches) < self.root.log_batches:
+            raise StoreDamaged(f"log: batch {len(batches)} of {self.root.log_batches} at byte {position} is damaged")
         self.log_position, self.log_sequence = position, len(batches)
         return batches
 
-    def _parse_batch(self, raw: bytes, position: int, sequence: int | None) -> tuple[Batch, int] | None:
+    def read_log(self, start: int) -> bytes:
+        """A copy of the log, by its first logical block."""
+        return self.read_blocks(np.arange(start, start + self.root.log_blocks, dtype=np.int64)).tobytes()
+
+    def parse_batch(self, raw: bytes, position: int, sequence: int | None) -> tuple[Batch, int] | None:
+        """The batch at a byte of a copy of the log, and its length there in bytes; None where there is none."""
         head_raw = raw[position : position + fmt.BATCH_HEADER]
         if len(head_raw) < fmt.BATCH_HEADER or head_raw[:4] != fmt.BATCH_MAGIC:
             return None
@@ -833,7 +959,12 @@ class Store:
 
     def snapshot_root(self) -> Root:
         """A copy of the root to come back to when an operation fails before its commit."""
-        return replace(self.root, blobs=dict(self.root.blobs), properties=dict(self.root.properties))
+        return replace(
+            self.root,
+            blobs=dict(self.root.blobs),
+            twins=dict(self.root.twins),
+            properties=dict(self.root.properties),
+        )
 
 
 def _runs_unsorted(blocks: Ints) -> Ints:
@@ -841,7 +972,7 @@ def _runs_unsorted(blocks: Ints) -> Ints:
     return np.stack([blocks[first], length], axis=1)
 
 
-def _read_slot(device: Device, block: int, block_size: int, device_blocks: int) -> tuple[Any, bytes, Ints]:
+def read_slot(device: Device, block: int, block_size: int, device_blocks: int) -> tuple[Any, bytes, Ints]:
     """(slot, root bytes, physical blocks of the chain), every checksum verified."""
     if not 0 < block < device_blocks:
         raise StoreDamaged(f"block {block} lies outside the volume")

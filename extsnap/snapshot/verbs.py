@@ -15,7 +15,7 @@ from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import edit, settings
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.check import check_piece, check_store
+from extsnap.snapshot.check import check_piece, check_store, note
 from extsnap.snapshot.full import Fill, fill, growth, warning
 from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
 
@@ -79,7 +79,7 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
         "message": entry.message,
         "kind": entry.kind.name.lower(),
         "consistency": entry.consistency.name.lower(),
-        "state": entry.state.name.lower(),
+        "state": (fmt.State.DAMAGED if volume.require_engine().lost else entry.state).name.lower(),
         "used_bytes": min(entry.used_blocks * volume.block_size, entry.volume_bytes),
         "copied_bytes": copied,
         "exclusive_bytes": exclusive,
@@ -89,6 +89,12 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
 
 
 def _warnings(volume: Volume) -> list[str]:
+    """What the user should know: what was mended, and the one thing that is to be done next."""
+    mended = [f"{volume.name}: {what}; it was written again" for what in volume.mended]
+    return mended + _next_to_do(volume)
+
+
+def _next_to_do(volume: Volume) -> list[str]:
     if volume.outside_write:
         names = ", ".join(volume.snapshot_names())
         return [f"{volume.name} was written outside extsnap; snapshots at risk: {names}"]
@@ -231,6 +237,11 @@ def layout(volume: Volume, name: str) -> dict[str, Any]:
 
 def strip(volume: Volume) -> dict[str, Any]:
     """Remove all snapshots, the store and the guard."""
+    if volume.engine is not None and volume.engine.lost:
+        count = len(volume.snapshot_list())
+        volume.give_up_snapshots()
+        edit.remove(volume)
+        return {"version": JSON_VERSION, "snapshots": count}
     volume.require_trusted()
     if volume.stale is not None:
         edit.set_up(volume)  # puts one in its place that is known to the last block, and is removed like any
@@ -308,6 +319,7 @@ def info(volume: Volume) -> dict[str, Any]:
         "guard": volume.medium.state.guard,
         "marked": volume.medium.state.mark and not volume.serving,
         "snapshots": len(volume.snapshot_list()),
+        "outside_write": volume.outside_write,
         "store": store,
         "properties": settings.properties(root),
         "dropped": [
@@ -433,11 +445,13 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False, c
     with_errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS
     return {
         "version": JSON_VERSION,
-        "store": {"ok": not findings.errors, "errors": findings.errors},
+        "store": {"ok": not findings.errors, "errors": findings.errors, "worn": findings.worn},
         "snapshots": [
             {
                 "name": entry.name,
                 "errors": findings.by_snapshot.get(entry.name, []),
+                "blocks": findings.blocks.get(entry.name, []),
+                "state": entry.state.name.lower(),
                 "filesystem_errors": bool(entry.flags & with_errors),
             }
             for entry in ([volume.find(name) for name in names] if names else volume.snapshot_list())
@@ -448,6 +462,12 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False, c
 def check_copies(volume: Volume, first: int = 0) -> dict[str, Any]:
     """Check records and copies from a block on, for a moment: ``next`` is where to go on, or None at the end."""
     return {"version": JSON_VERSION, **check_piece(volume, first, seconds=_CHECK_SECONDS)}
+
+
+def note_check(volume: Volume, damaged: list[str], sound: list[str]) -> dict[str, Any]:
+    """Keep what a check found as states of the snapshots, and mend what has a whole second copy."""
+    found = note(volume, damaged, sound)
+    return {"version": JSON_VERSION, "mended": volume.mended + found}
 
 
 _DUMPS: dict[str, Callable[[Volume], Any]] = {
@@ -474,4 +494,5 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "dump": dump,
     "check": check,
     "check_copies": check_copies,
+    "note_check": note_check,
 }

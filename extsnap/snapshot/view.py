@@ -75,6 +75,8 @@ class View:
     def _read_piece(self, first: int, last: int, skip: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``skip`` bytes into block ``first``; it ends within block ``last - 1``."""
         engine, size = self.engine, self.engine.block_size
+        if engine.lost:
+            raise DamagedCopy(f"snapshot {self.snapshot.name!r} cannot be read: {engine.lost}")
         preserved = engine.history.preserved_by(self.id, first + engine.shift, last + engine.shift)
         if not preserved.any():
             buffer[:] = bytes(len(buffer))

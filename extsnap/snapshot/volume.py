@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from extsnap.arrays import expand
 from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.blockdev.deferred import Deferred
@@ -52,6 +54,7 @@ from extsnap.ext.magic import recognise
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.above import Above
+from extsnap.snapshot.check import note
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.full import fill, make_room, warning
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
@@ -138,6 +141,7 @@ class Volume:
         device_id: (st_dev, st_ino) of the image.
         size: Bytes of the volume.
         writable: Whether this process may change it.
+        mended: Structures of the store that were damaged and are whole again, from their second copies.
         needs_replay: The filesystem must be replayed by stock e2fsck on the served volume before anything else.
     """
 
@@ -171,6 +175,7 @@ class Volume:
         self._look_at = NEVER  # free blocks of the store below which `write` looks at the watermarks
         self._warned: set[str] = set()
         self.needs_replay = False
+        self.mended: list[str] = []
         self.outside_write = False
         self._warden: Warden | None = None
         self._lost = False  # a failed reload: without the engine nothing would be copied
@@ -328,8 +333,16 @@ class Volume:
             pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
             self.medium.state = replace(self.medium.state, pointer=pointer)
         geometry = fs.geometry
-        self.engine = Engine(self.medium, store, geometry.clusters_per_group, geometry.first_data_block, table)
-        self.engine.load()
+        layout = self.medium, store, geometry.clusters_per_group, geometry.first_data_block, table
+        self.engine = Engine(*layout)
+        try:
+            self.engine.load()
+        except StoreDamaged as error:
+            if self.writable and self.medium.state.mark:
+                raise  # what was interrupted cannot be finished
+            # Which snapshots there were is seen, and that none can be read; nothing is written but by a strip.
+            self.engine = Engine(*layout)
+            self.engine.lost = error.message
         self.engine.pin()
         if self.writable:
             self.engine.rebuild_need()
@@ -351,8 +364,12 @@ class Volume:
         is_open = bool(store.root.flags & fmt.SlotFlags.OPEN)
         marked = self.medium.state.mark
         engine = self.require_engine()
+        if engine.lost:
+            return
         if not marked:
             self._detect_outside_write(is_open)
+            if not self.outside_write and (store.worn or engine.history.worn):
+                self.mended = note(self, [], [])
             return
         engine.repair_last_batch()
         edit.finish(self)
@@ -428,7 +445,12 @@ class Volume:
             raise NeedsRecovery(f"{self.name} {undone}", hint=how_to_repair(self.name))
 
     def _require_inside(self) -> None:
-        """Refuse to change a volume that was written outside extsnap."""
+        """Refuse to change a volume that was written outside extsnap, or whose records are lost."""
+        if self.engine is not None and self.engine.lost:
+            raise StoreDamaged(
+                f"{self.name}: {self.engine.lost}: its snapshots cannot be read any more",
+                hint="extsnap strip makes a plain volume of it",
+            )
         if self.outside_write:
             names = ", ".join(ascii(snapshot.name) for snapshot in self.snapshot_list())
             raise OutsideWrite(
@@ -688,7 +710,8 @@ class Volume:
         """Blocks that the tables of a snapshot taken now would take."""
         engine, store = self.require_engine(), self.require_store()
         rows, stored = engine.history.changed_rows(store.root.next_id - 1, self.preserved_now())
-        return len(stored) + len(rows) * fmt.HISTORY_DTYPE.itemsize * 2 // self.block_size
+        entry = fmt.HISTORY_DTYPE.itemsize + fmt.HISTORY_TWIN_DTYPE.itemsize
+        return 2 * len(stored) + len(rows) * entry * 4 // self.block_size
 
     def make_room_for_snapshot(self, extra: int = 0) -> None:
         """See that the store has room for one more snapshot and ``extra`` copies, growing it where needed.
@@ -733,7 +756,8 @@ class Volume:
         bits = self.preserved_now()
         errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS if self.filesystem().has_errors else fmt.SnapshotFlags.NONE
         rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
-        engine.history.add(store.root.next_id, rows, bits, store.allocate(len(stored)), store.write_padded)
+        refs = np.concatenate(store.allocate_pair(len(stored)))
+        engine.history.add(store.root.next_id, rows, bits, refs, store.write_padded)
         bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
         entry = fmt.Snapshot(
             id=store.root.next_id,
@@ -784,7 +808,8 @@ class Volume:
         engine, store = self.require_engine(), self.require_store()
         engine.write_history()
         table = b"".join(entry.build() for entry in sorted(snapshots, key=lambda entry: entry.id))
-        store.root.ro_compat = fmt.RO_COMPAT_SNAPSHOT_FLAGS if any(entry.flags for entry in snapshots) else 0
+        flags = fmt.RO_COMPAT_SNAPSHOT_FLAGS if any(entry.flags for entry in snapshots) else 0
+        store.root.ro_compat = store.root.ro_compat & ~fmt.RO_COMPAT_SNAPSHOT_FLAGS | flags
         store.write_blob(fmt.BlobKind.SNAPSHOTS, 0, table)
 
     def delete(self, names: list[str], *, dropped: bool = False) -> int:
@@ -825,12 +850,33 @@ class Volume:
             raise
         return freed * self.block_size
 
+    def give_up_snapshots(self) -> None:
+        """Delete all snapshots of a store whose records are lost, with one header commit; the mark goes on and stays.
+
+        A crash before the commit leaves all as it was, after it a store without snapshots.
+        """
+        require_clean(self.filesystem(), self.name)
+        store = self.require_store()
+        self.set_mark(True)
+        store.root.counting = 0
+        for kind, key in list(store.root.blobs):
+            store.drop_blob(fmt.BlobKind(kind), key)
+        store.new_epoch()
+        store.commit()
+        self._reload()
+
     def give_back(self, freed: int, *, everything: bool = False) -> None:
         """Return freed blocks to the filesystem; the store keeps what its next edit needs."""
         engine, store = self.require_engine(), self.require_store()
         least = engine.reserve() + MINIMUM_ROOM
         spare = max(0, store.available - least)
         edit.shrink(self, spare if everything else min(freed, spare))
+
+    def set_states(self, snapshots: list[fmt.Snapshot]) -> None:
+        """Commit other states of the living snapshots, at once and whole."""
+        self._write_tables(snapshots)
+        self.require_store().commit()
+        self.require_engine().set_snapshots(snapshots)
 
     def accept_outside_write(self) -> list[str]:
         """Go on after an outside write: every snapshot of then is marked tainted; returns their names.
@@ -983,8 +1029,7 @@ class Volume:
         Raises:
             NeedsRecovery, VolumeDirty: It needs recovery, and this is no repair.
         """
-        if self.outside_write:
-            self.require_trusted()
+        self._require_inside()
         fs = self.filesystem()
         undone = bool(left_undone(fs))
         if grow and not self.needs_replay and not (repair and undone):

@@ -10,7 +10,7 @@ import importlib
 from campaigns.report import Campaign
 
 #: Modules, in the order in which ``tools/campaign all`` runs them.
-NAMES = ("power", "kills", "faults", "full", "together")
+NAMES = ("power", "kills", "faults", "full", "together", "rot")
 
 
 def load(name: str) -> Campaign:

@@ -121,10 +121,10 @@ class Bench:
         bits = SparseBits.of(runs, engine.rows, engine.row_bytes)
         bits.tidy()
         rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
-        if store.available < engine.reserve() + len(stored) + 50:
+        if store.available < engine.reserve() + 2 * len(stored) + 50:
             return False
         number = store.root.next_id
-        engine.history.add(number, rows, bits, store.allocate(len(stored)), store.write_padded)
+        engine.history.add(number, rows, bits, store.allocate(2 * len(stored)), store.write_padded)
         bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
         assert bit not in {snapshot.bit for snapshot in self.snapshots}
         kind, consistency, state = fmt.Kind.MANUAL, fmt.Consistency.CLEAN, fmt.State.OK

@@ -93,7 +93,8 @@ def test_the_record_of_errors() -> None:
     device = lab.MemoryDevice(lab.changed_by_debugfs(lab.plain_image("ext4"), MARK))
     with Volume(device, writable=True) as volume:
         volume.create("one")
-    for words, delete in ((fmt.RO_COMPAT_SNAPSHOT_FLAGS, True), (0, False)):
+    twins = fmt.RO_COMPAT_TWINS
+    for words, delete in ((fmt.RO_COMPAT_SNAPSHOT_FLAGS | twins, True), (twins, False)):
         with Volume(device, writable=True) as volume:
             store = volume.require_store()
             for index in range(2):
