@@ -20,7 +20,7 @@ from typing import Literal
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.early import EarlyWriter
 from extsnap.blockdev.inuse import Span, busy, device_key, file_key
-from extsnap.blockdev.locks import lock_holder
+from extsnap.blockdev.locks import in_words, lock_holder
 from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBusy
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -152,7 +152,7 @@ class ImageFile:
                 holder = lock_holder(self._descriptor, self.start, self.start + length if length else sys.maxsize)
                 if holder is None and attempts_left:
                     continue  # nobody has it any more
-                who = f"process {holder}" if holder else "another process"
+                who = in_words(holder) if holder else "another process"
                 raise VolumeBusy(
                     f"{self.path} is in use by extsnap in {who}", hint="wait for it, or end it with extsnap detach"
                 ) from error

@@ -8,6 +8,7 @@ every subvolume has a device number of its own.
 from __future__ import annotations
 
 import os
+import pwd
 import sys
 from collections.abc import Iterator
 
@@ -49,6 +50,20 @@ def lock_holder(descriptor: int, start: int = 0, end: int = sys.maxsize) -> int 
     except OSError:
         return None
     return None
+
+
+def in_words(process: int) -> str:
+    """A process for an error message: with its user, if that is somebody else."""
+    try:
+        user = os.stat(f"/proc/{process}").st_uid
+    except OSError:  # it has ended
+        return f"process {process}"
+    if user == os.geteuid():
+        return f"process {process}"
+    try:
+        return f"process {process} of user {pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"process {process} of user {user}"
 
 
 def _locks_of_descriptors(inode: str) -> Iterator[tuple[int, list[str]]]:

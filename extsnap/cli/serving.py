@@ -18,6 +18,9 @@ Scratch = Annotated[
     bool, typer.Option("--scratch", help="With --snapshot: writable, over a layer that is thrown away at the end.")
 ]
 
+AllowOther = Annotated[
+    bool, typer.Option("--allow-other", help="For other users, too, as far as the image, or a file in it, is theirs.")
+]
 Snapshot = Annotated[
     str | None,
     typer.Option(
@@ -54,6 +57,7 @@ def attach(
     image: Image,
     directory: Directory,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until the volume is detached.")] = False,
+    allow_other: AllowOther = False,
     partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
@@ -65,7 +69,7 @@ def attach(
     with about(image):
         from extsnap.serve import session
 
-        session.attach(image, directory, foreground=foreground, partition=partition)
+        session.attach(image, directory, foreground=foreground, allow_other=allow_other, partition=partition)
     if as_json:
         output.emit_json({"version": 1, "image": image, "directory": directory})
 
@@ -96,6 +100,7 @@ def mount(
     directory: Directory,
     snapshot: Snapshot = None,
     scratch: Scratch = False,
+    allow_other: AllowOther = False,
     partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
@@ -108,7 +113,9 @@ def mount(
     with about(image):
         from extsnap.serve import session
 
-        session.mount(image, directory, snapshot=snapshot, scratch=scratch, partition=partition)
+        session.mount(
+            image, directory, snapshot=snapshot, scratch=scratch, allow_other=allow_other, partition=partition
+        )
     if as_json:
         answer = {"version": 1, "image": image, "directory": directory, "snapshot": snapshot, "scratch": scratch}
         output.emit_json(answer)

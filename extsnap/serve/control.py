@@ -168,7 +168,9 @@ class Record:
     def save(self, path: Path) -> None:
         """Write atomically."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)))
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(json.dumps(asdict(self)))
         temporary.rename(path)
 
     @classmethod

@@ -158,6 +158,7 @@ class FuseFiles:
         writable: bool = True,
         max_write: int = DEFAULT_MAX_WRITE,
         writeback_cache: bool = False,
+        like: os.stat_result | None = None,
         before_write: Callable[[], None] | None = None,
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -170,6 +171,7 @@ class FuseFiles:
             writable: Whether ``volume`` may be opened for writing.
             max_write: Largest write and read of one request, a multiple of the page size.
             writeback_cache: Let the kernel delay writes; whoever needs them must fsync ``volume``.
+            like: Owner and mode of the image, which the files get; None: they are ours alone.
             before_write: Called before ``volume`` or ``disk`` is opened for writing; may raise.
             log: Takes one line about a request that failed.
         """
@@ -205,7 +207,8 @@ class FuseFiles:
         self._by_name: dict[str, _Node] = {}
         self._listings: dict[int, list[tuple[bytes, int, int]]] = {}
         self._next_listing = 1
-        self._uid, self._gid = os.geteuid(), os.getegid()
+        self._uid, self._gid = (os.geteuid(), os.getegid()) if like is None else (like.st_uid, like.st_gid)
+        self._mode = 0o600 if like is None else like.st_mode & 0o666
         self._started = int(time.time())
         self._changed = self._started
         self._touched = False
@@ -510,20 +513,21 @@ class FuseFiles:
 
     def _attributes(self, node: int) -> bytes:
         changed = self._started
+        reading = self._mode & 0o444
         if node in (ROOT_NODE, SNAPSHOTS_NODE, SCRATCH_NODE):
-            mode, links, size = stat.S_IFDIR | 0o500, 3 if node == ROOT_NODE else 2, 0
+            mode, links, size = stat.S_IFDIR | reading | reading >> 2, 3 if node == ROOT_NODE else 2, 0
         elif node in self._layers:
-            mode, links, size = stat.S_IFREG | 0o600, 1, self._layers[node].file.size
+            mode, links, size = stat.S_IFREG | self._mode, 1, self._layers[node].file.size
         elif node in self._bases:
             if self._touched:
                 self._changed, self._touched = int(time.time()), False
             changed = self._changed
-            mode, links, size = stat.S_IFREG | (0o600 if self._writable else 0o400), 1, self._bases[node].size
+            mode, links, size = stat.S_IFREG | (self._mode if self._writable else reading), 1, self._bases[node].size
         else:
             known = self._nodes.get(node)
             if known is None:
                 raise _Refused(errno.ESTALE)
-            mode, links, size = stat.S_IFREG | 0o400, 1, known.size
+            mode, links, size = stat.S_IFREG | reading, 1, known.size
         blocks, owner = -(-size // 512), (self._uid, self._gid)
         return ATTR.pack(node, size, blocks, changed, changed, changed, 0, 0, 0, mode, links, *owner, 0, 4096, 0)
 

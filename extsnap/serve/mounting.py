@@ -290,15 +290,18 @@ def require_directory(directory: str) -> str:
     return path
 
 
-def mount_file(file: str, directory: str, *, read_only: bool) -> None:
+def mount_file(file: str, directory: str, *, read_only: bool, allow_other: bool = False) -> None:
     """Mount a served file: through a loop device as root (it goes away with the mount), else with fuse2fs.
+
+    ``allow_other``: also for other users, which a mount by root always is.
 
     Raises:
         ToolError: With what mount(8) or fuse2fs said.
     """
     if os.geteuid() != 0:
         tools.notice("not root: mounting through fuse2fs (slower, and without the kernel's checks)")
-        tools.run("fuse2fs", file, directory, "-o", "ro,fakeroot" if read_only else "rw,fakeroot")
+        others = ",allow_other,default_permissions" if allow_other else ""
+        tools.run("fuse2fs", file, directory, "-o", f"{'ro' if read_only else 'rw'},fakeroot{others}")
         return
     options = "loop,ro" if read_only else "loop"
     done = tools.run("mount", "-o", options, "--", file, directory, ok=None)

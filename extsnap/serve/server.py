@@ -74,7 +74,7 @@ class ServerConfig:
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
         writeback: Let the kernel delay writes; without it a write that is refused fails at once.
         repair: What is run on the volume may be its repair.
-        allow_other: Let other users in, as far as the files' modes do.
+        allow_other: Let other users in: who may read or write the image may do so with its files.
         partition: Number of the partition; 0: the whole image.
         offset: Where the volume begins in the image, in bytes.
     """
@@ -177,6 +177,7 @@ class Server:
                 writable=self.config.writable,
                 # A page of the kernel's cache is written whole: where it holds several blocks, all would be copied.
                 writeback_cache=self.config.writeback and self._volume.block_size >= mmap.PAGESIZE,
+                like=os.stat(self.config.image) if self.config.allow_other else None,
                 before_write=self._begin if self.config.writable else None,
                 log=self.log,
             )

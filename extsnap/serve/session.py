@@ -230,13 +230,16 @@ def _recover(place: Place) -> None:
 # ---- attach and detach
 
 
-def attach(image: str, directory: str, *, foreground: bool = False, partition: int | None = None) -> None:
+def attach(
+    image: str, directory: str, *, foreground: bool = False, allow_other: bool = False, partition: int | None = None
+) -> None:
     """Serve ``DIR/volume``, ``DIR/snapshots/NAME`` and, of a partition, ``DIR/disk``; returns when they are there.
 
     Args:
         image: Path of the image.
         directory: An existing directory.
         foreground: Serve in this process until the end instead (replaying a journal first, if needed).
+        allow_other: Let other users have the files, as the image's owner and mode let them have the image.
         partition: Number of the partition; None and 0 as `locate` takes them.
 
     Raises:
@@ -251,7 +254,7 @@ def attach(image: str, directory: str, *, foreground: bool = False, partition: i
         with open_session(image, writable=True, partition=place.partition) as session:  # replays
             if session.volume is None:
                 raise VolumeBusy(f"{place.name} is already served")
-        server = Server(_config(place, path))
+        server = Server(_config(place, path, allow_other=allow_other))
         server.start()
         server.serve()
         if not server.clean:
@@ -259,7 +262,7 @@ def attach(image: str, directory: str, *, foreground: bool = False, partition: i
                 f"{place.name} was not left clean", hint="the next extsnap command that writes recovers it"
             )
         return
-    keeper, hello = spawn(_config(place, path))
+    keeper, hello = spawn(_config(place, path, allow_other=allow_other))
     with keeper:
         if hello["needs_replay"]:
             process = pidfd(hello["pid"])
@@ -423,7 +426,13 @@ def _served_otherwise(image: str, partition: int | None) -> control.Record | Non
 
 
 def mount(
-    image: str, directory: str, *, snapshot: str | None = None, scratch: bool = False, partition: int | None = None
+    image: str,
+    directory: str,
+    *,
+    snapshot: str | None = None,
+    scratch: bool = False,
+    allow_other: bool = False,
+    partition: int | None = None,
 ) -> None:
     """Mount the base volume, or a snapshot.  The server, if one had to be started, ends with it.
 
@@ -432,6 +441,7 @@ def mount(
         directory: An existing directory.
         snapshot: The snapshot, which is mounted read-only.
         scratch: Mount the snapshot for writing, over a throw-away layer that goes with the mount.
+        allow_other: For other users, too, which a mount by root is in any case.
         partition: Number of the partition; None and 0 as `locate` takes them.
 
     Raises:
@@ -450,13 +460,13 @@ def mount(
         client, hello = served
         # Hold the connection: it is also the sign that the server was there before and stays.
         with client:
-            _mount_from(client, hello["directory"], target, snapshot, scratch)
+            _mount_from(client, hello["directory"], target, snapshot, scratch, allow_other)
         return
     server = _start_for(place, lazy=snapshot is not None)
     try:
         if server.hello["needs_replay"]:
             _replay(place.name, server.keeper, server.directory)
-        _mount_from(server.keeper, server.directory, target, snapshot, scratch)
+        _mount_from(server.keeper, server.directory, target, snapshot, scratch, allow_other)
     except BaseException:
         server.abandon()
         raise
@@ -473,16 +483,18 @@ def _start_for(place: Place, *, lazy: bool) -> Private:
         return _private(place, writable=False)
 
 
-def _mount_from(client: ControlClient, served: str, target: str, snapshot: str | None, scratch: bool) -> None:
+def _mount_from(
+    client: ControlClient, served: str, target: str, snapshot: str | None, scratch: bool, allow_other: bool
+) -> None:
     if snapshot is not None and scratch:
         # The mount has it open when we let it go: the layer ends with it.
         with remote.scratch(client, served, snapshot) as file:
-            mounting.mount_file(file, target, read_only=False)
+            mounting.mount_file(file, target, read_only=False, allow_other=allow_other)
         return
     file = _require_snapshot(served, snapshot) if snapshot is not None else os.path.join(served, "volume")
     if snapshot is None and not os.path.exists(file):
         raise ServerError(f"{file} is not there: the server has ended")
-    mounting.mount_file(file, target, read_only=snapshot is not None)
+    mounting.mount_file(file, target, read_only=snapshot is not None, allow_other=allow_other)
 
 
 def serve(

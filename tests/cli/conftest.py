@@ -121,8 +121,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     monkeypatch.setattr(
         session,
         "attach",
-        lambda image, directory, *, foreground=False, partition=None: fake.at(partition).answer(
-            "attach", image=image, directory=directory, foreground=foreground
+        lambda image, directory, *, partition=None, **options: fake.at(partition).answer(
+            "attach", image=image, directory=directory, **options
         ),
     )
     monkeypatch.setattr(
@@ -133,8 +133,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     monkeypatch.setattr(
         session,
         "mount",
-        lambda image, directory, *, snapshot=None, scratch=False, partition=None: fake.at(partition).answer(
-            "mount", image=image, directory=directory, snapshot=snapshot, scratch=scratch
+        lambda image, directory, *, partition=None, **options: fake.at(partition).answer(
+            "mount", image=image, directory=directory, **options
         ),
     )
     monkeypatch.setattr(session, "umount", lambda directory: fake.answer("umount", directory=directory))

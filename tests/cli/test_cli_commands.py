@@ -46,6 +46,7 @@ COMMANDS: dict[str, list[str]] = {
     "run": ["IMAGE", "--", "true"],
 }
 
+MOUNT = {"image": "I", "directory": "D", "snapshot": None, "scratch": False, "allow_other": False}
 SERVE: dict[str, Any] = {"image": "I", "snapshot": None, "scratch": False, "address": nbd.Address(), "program": None}
 INFO = {
     "version": 1,
@@ -227,17 +228,18 @@ def test_no_command_shows_the_help_on_stderr(extsnap: Call) -> None:
         ("check I a b --quick", "check", {"image": "I", "names": ["a", "b"], "quick": True}),
         ("info I", "info", {}),
         ("dump I header", "dump", {"what": "header"}),
-        ("attach I D", "attach", {"image": "I", "directory": "D", "foreground": False}),
-        ("attach I D --foreground", "attach", {"image": "I", "directory": "D", "foreground": True}),
+        ("attach I D", "attach", {"image": "I", "directory": "D", "foreground": False, "allow_other": False}),
+        (
+            "attach I D --foreground --allow-other",
+            "attach",
+            {"image": "I", "directory": "D", "foreground": True, "allow_other": True},
+        ),
         ("detach I", "detach", {"target": "I", "force": False}),
         ("detach D --force", "detach", {"target": "D", "force": True}),
-        ("mount I D", "mount", {"image": "I", "directory": "D", "snapshot": None, "scratch": False}),
-        ("mount I D --snapshot n", "mount", {"image": "I", "directory": "D", "snapshot": "n", "scratch": False}),
-        (
-            "mount I D --snapshot n --scratch",
-            "mount",
-            {"image": "I", "directory": "D", "snapshot": "n", "scratch": True},
-        ),
+        ("mount I D", "mount", MOUNT),
+        ("mount I D --snapshot n", "mount", {**MOUNT, "snapshot": "n"}),
+        ("mount I D --allow-other", "mount", {**MOUNT, "allow_other": True}),
+        ("mount I D --snapshot n --scratch", "mount", {**MOUNT, "snapshot": "n", "scratch": True}),
         ("umount D", "umount", {"directory": "D"}),
         ("serve I", "serve", SERVE),
         ("serve I --snapshot n --socket /s", "serve", {**SERVE, "snapshot": "n", "address": nbd.Address("/s")}),
