@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,54 @@ def test_a_mounted_volume_that_fills_up(kind: str, block_size: int, run_cli: Cli
         oracle.assert_clean(image)
         with oracle.mounted(image) as directory:
             assert (directory / "big").stat().st_size == FILE_BYTES
+
+
+def test_warnings_come_before_a_volume_is_full(run_cli: Cli, extsnap_program: Path) -> None:
+    """Each watermark once on the server's standard error; `list` and `info` show how full it is by then."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse")
+    with arena() as top:
+        files = {"big": random.Random(8).randbytes(17 * MIB)}
+        image = make_volume(top / "disk.img", "ext4", 24, "-b", "1024", files=files)
+        blocks = oracle.file_blocks(image, "/big").data_blocks.tolist()
+        run_cli("create", image, "one")
+        served = top / "served"
+        served.mkdir()
+        log = top / "log"
+        with log.open("wb") as errors:
+            server = subprocess.Popen([extsnap_program, "attach", "--foreground", image, served], stderr=errors)
+        try:
+            wait_for(lambda: (served / "volume").exists() or server.poll() is not None)
+            descriptor = os.open(served / "volume", os.O_RDWR)
+            with pytest.raises(OSError) as failure:
+                overwrite_in_steps(descriptor, blocks)
+            assert failure.value.errno == errno.ENOSPC
+            with contextlib.suppress(OSError):  # told above
+                os.close(descriptor)
+            listed, shown = run_cli("list", image), run_cli("info", image)
+            assert json.loads(run_cli("list", "--json", image).stdout)["watermark"] == "critical"
+        finally:
+            run_cli("detach", image, status=None)
+            assert server.wait(180) == 0
+        (room,) = [line for line in shown.stdout.splitlines() if line.startswith("room for copies")]
+        assert room.split() == ["room", "for", "copies", "0", "B,", "critical"]
+        assert "100% full: 0.0 MiB more can be overwritten before writes fail" in listed.stderr
+        warned = [line.split(": note: ")[1] for line in log.read_text().splitlines() if "% full" in line]
+        low, critical = (int(line.split(" is ")[1].split("%")[0]) for line in warned)
+        assert 80 <= low < 95 <= critical, warned
+        assert all("delete a snapshot, or grow the volume" in line for line in warned)
+
+
+def overwrite_in_steps(descriptor: int, blocks: list[int]) -> None:
+    for first in range(0, len(blocks), 50):
+        overwrite_durably(descriptor, blocks[first : first + 50], 1024)
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    over = time.monotonic() + 180
+    while not happened():
+        assert time.monotonic() < over, "a hang"
+        time.sleep(0.05)
 
 
 def take_the_rest(directory: Path) -> None:
