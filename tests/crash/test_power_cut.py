@@ -33,8 +33,8 @@ def test_a_short_life(name: str) -> None:
             life.judge(life.state(point, seed))
 
 
-def test_cuts_after_a_slot_of_the_header() -> None:
-    """What the slot names must be on the medium before it, however little else is."""
+def test_cuts_around_the_slots_of_a_header() -> None:
+    """Just after a slot, with some of what came before it; between two slots, and then again in what follows."""
     life = lived("ext4", ["first create", "begin serving", "writes", "end serving", "second create"])
     rng = random.Random("slots")
     log, last = life.device.log, life.steps[-1]
@@ -43,6 +43,8 @@ def test_cuts_after_a_slot_of_the_header() -> None:
     for point in slots:
         for seed in [rng.getrandbits(32) for _ in range(8)]:
             life.judge(life.state(point, seed))
+    for point in [point for point in life.half_committed() if point > last.first]:
+        life.judge(life.state(point, NOTHING), nested=rng, variants=3)
 
 
 @pytest.mark.parametrize("part", LIVES)
