@@ -51,11 +51,18 @@ def create(
     quiesced: Annotated[
         bool, typer.Option("--quiesced", help="Whoever uses the volume has already brought it to rest.")
     ] = False,
+    checksums: Annotated[
+        bool,
+        typer.Option("--checksums", help="Store a checksum of every block, to tell later what was written outside."),
+    ] = False,
     partition: Partition = None,
     as_json: Json = False,
     version: Version = False,
 ) -> None:
-    """Take a snapshot and print its name."""
+    """Take a snapshot and print its name.
+
+    With checksums all that the snapshot has is read once; users of a served volume wait meanwhile.
+    """
     with output.progress("taking a snapshot"):
         result = call(
             image,
@@ -67,6 +74,8 @@ def create(
             freeze=not no_freeze,
             quiesced=quiesced,
         )
+        if checksums:
+            call(image, "checksum", writable=True, partition=partition, name=result["name"])
     if as_json:
         output.emit_json(result)
     else:

@@ -87,10 +87,15 @@ def note(done: dict[str, Any], found: dict[str, Any], keep: Callable[..., dict[s
     snapshots = found["snapshots"]
     damaged = [name for name, mine in snapshots.items() if mine.get("errors") and mine.get("state") != "damaged"]
     sound = [name for name, mine in snapshots.items() if not mine.get("errors") and mine.get("state") == "damaged"]
-    if not damaged and not sound and not found["store"].get("worn"):
+    proven = [
+        name
+        for name, mine in snapshots.items()
+        if mine.get("proven") and not mine.get("errors") and mine.get("state") != "ok"
+    ]
+    if not damaged and not sound and not proven and not found["store"].get("worn"):
         return
     try:
-        mended = keep(damaged=damaged, sound=sound)["mended"]
+        mended = keep(damaged=damaged, sound=sound, proven=proven)["mended"]
     except (ExtsnapError, OSError) as error:
         done["notices"].append(f"what was found is not noted in the image: {error}")
     else:

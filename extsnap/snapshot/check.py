@@ -7,6 +7,7 @@ copy (see `twins`) and commits the states of the snapshots, with one header comm
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ import numpy.typing as npt
 
 from extsnap.arrays import Ints, breaks_to_runs, expand
 from extsnap.errors import ExtsnapError
+from extsnap.snapshot import checksums, graft
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot import graft
 from extsnap.snapshot.index import Level
 from extsnap.snapshot.twins import examine
 from extsnap.sparsebits import SparseBits
@@ -42,13 +43,15 @@ class Findings:
         errors: Of the store.
         worn: Whether a structure has a damaged copy and a whole one.
         by_snapshot: Of the snapshots, by name.
-        blocks: Runs [first block, length] of what cannot be read, by name of the snapshot.
+        blocks: Runs [first block, length] of what cannot be read, or is not as it was, by name of the snapshot.
+        proven: Snapshots whose checksums prove every block.
     """
 
     errors: list[str] = field(default_factory=list)
     worn: bool = False
     by_snapshot: dict[str, list[str]] = field(default_factory=dict)
     blocks: dict[str, list[list[int]]] = field(default_factory=dict)
+    proven: list[str] = field(default_factory=list)
     _damaged: int = 0
     _named: int = 0
     _doubled: int = 0
@@ -117,8 +120,9 @@ def check_store(volume: Volume, *, copies: bool = True) -> Findings:
         except ExtsnapError as error:
             found.errors.append(str(error))
         found.close()
+    _check_sums(volume, found)
     if volume.outside_write:
-        for name in volume.snapshot_names():
+        for name in (name for name in volume.snapshot_names() if name not in found.proven):
             found.by_snapshot.setdefault(name, []).append("the volume was written outside extsnap since this snapshot")
     return found
 
@@ -211,6 +215,27 @@ def _check_structures(volume: Volume, found: Findings) -> None:
             )
 
 
+def _check_sums(volume: Volume, found: Findings) -> None:
+    """Hold every block of the snapshots that have checksums against them."""
+    for entry in volume.snapshot_list():
+        if not checksums.has(volume, entry):
+            continue
+        try:
+            runs = np.concatenate([np.zeros((0, 2), np.int64), *checksums.changed(volume, entry)])
+        except ExtsnapError:
+            continue  # a table of checksums that is damaged proves nothing; it is named as a structure
+        mine = found.by_snapshot.setdefault(entry.name, [])
+        for first, length in runs[:NAMED].tolist():
+            what = f"block {first} is" if length == 1 else f"blocks {first} to {first + length - 1} are"
+            mine.append(f"{what} not as when the snapshot was taken: written outside extsnap")
+        if len(runs) > NAMED:
+            mine.append(f"{int(runs[:, 1].sum())} blocks are not as when the snapshot was taken")
+        if len(runs):
+            found.blocks.setdefault(entry.name, []).extend(runs.tolist())
+        if not mine:
+            found.proven.append(entry.name)
+
+
 def _damaged(
     volume: Volume, records: Level, blocks: Ints, inside: Flags, masks: npt.NDArray[np.uint32]
 ) -> list[tuple[int, int, list[str]]]:
@@ -239,29 +264,32 @@ def _damaged(
     )
 
 
-def note(volume: Volume, damaged: list[str], sound: list[str]) -> list[str]:
+def note(volume: Volume, damaged: list[str], sound: list[str], proven: Sequence[str] = ()) -> list[str]:
     """Commit what a check found; returns what was mended from second copies.
 
     Args:
         damaged: Snapshots that cannot be read whole: they get the state ``damaged``.
         sound: Snapshots that can: of these it is taken away.  They may still be tainted.
+        proven: Snapshots whose checksums prove every block: they are not tainted either.
     """
     volume.require_trusted()
     engine, store = volume.require_engine(), volume.require_store()
     engine.flush()
     mended = examine(store, engine.history, engine.snapshots, mend=True).worn
     store.worn = engine.history.worn = False
-    marked = [_noted(entry, damaged, sound) for entry in engine.snapshots]
+    marked = [_noted(entry, damaged, sound, proven) for entry in engine.snapshots]
     if marked != engine.snapshots:
         volume.set_states(marked)
     return mended
 
 
-def _noted(entry: fmt.Snapshot, damaged: list[str], sound: list[str]) -> fmt.Snapshot:
+def _noted(entry: fmt.Snapshot, damaged: list[str], sound: list[str], proven: Sequence[str]) -> fmt.Snapshot:
     tainted = entry.state == fmt.State.TAINTED or bool(entry.flags & fmt.SnapshotFlags.TAINTED)
     if entry.name in damaged:
         kept = entry.flags | (fmt.SnapshotFlags.TAINTED if tainted else fmt.SnapshotFlags.NONE)
         return replace(entry, state=fmt.State.DAMAGED, flags=kept)
+    if entry.name in proven:
+        return replace(entry, state=fmt.State.OK, flags=entry.flags & ~fmt.SnapshotFlags.TAINTED)
     if entry.name in sound:
         state = fmt.State.TAINTED if tainted else fmt.State.OK
         return replace(entry, state=state, flags=entry.flags & ~fmt.SnapshotFlags.TAINTED)

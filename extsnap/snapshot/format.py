@@ -39,6 +39,8 @@ ALL_CLEAR = -1
 ALL_SET = -2
 
 
+#: There are checksums of snapshots: who does not know them may leave some behind, and nothing else.
+COMPAT_CHECKSUMS = 1
 #: Feature bits: everybody refuses a store with other incompat bits, a writer one with other ro_compat bits.
 KNOWN_INCOMPAT = 0
 #: Entries of the snapshot table have flags: a writer that does not know them would clear them.
@@ -91,6 +93,7 @@ class BlobKind(enum.IntEnum):
     INDEX_CRCS = 5
     REDO = 6
     HISTORY_TWINS = 8
+    CHECKSUMS = 9
 
 
 def name_of_blob(kind: int) -> str:

@@ -34,6 +34,7 @@ NAMES = {
     fmt.BlobKind.INDEX: "index level",
     fmt.BlobKind.INDEX_CRCS: "the checksums of index level",
     fmt.BlobKind.REDO: "the redo blocks",
+    fmt.BlobKind.CHECKSUMS: "the table of checksums",
 }
 #: Blocks that one message names.
 _NAMED = 8
@@ -125,7 +126,10 @@ def _examine_blob(store: Store, kind: int, key: int, found: Examined, mend: bool
     what = name_of(kind, key)
     if not any(whole):
         blocks = _blocks_text(store, store.blob_blocks(*name))
-        found.lose(f"{what} fails its checksum ({blocks}{', and its second copy' if len(copies) > 1 else ''})", None)
+        needed_by = set[int]() if kind == fmt.BlobKind.CHECKSUMS else None
+        found.lose(
+            f"{what} fails its checksum ({blocks}{', and its second copy' if len(copies) > 1 else ''})", needed_by
+        )
         return
     good, bad = (store.blob_blocks(*name, copy) for copy in (whole.index(True), whole.index(False)))
     differ = []

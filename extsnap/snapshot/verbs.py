@@ -13,7 +13,7 @@ import numpy as np
 
 from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
-from extsnap.snapshot import edit, settings
+from extsnap.snapshot import checksums, edit, settings
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.check import check_piece, check_store, note
 from extsnap.snapshot.full import Fill, fill, growth, warning
@@ -160,6 +160,11 @@ def create(
             text += f"; grow the volume with extsnap run {volume.name} -- resize2fs {{}} SIZE"
         notices.append(text)
     return {"version": JSON_VERSION, "name": handle.name, "id": handle.id, "notices": notices}
+
+
+def checksum(volume: Volume, name: str) -> dict[str, Any]:
+    """Store a checksum of every block that a snapshot preserves."""
+    return {"version": JSON_VERSION, "name": name, "blocks": checksums.add(volume, name)}
 
 
 def list_snapshots(volume: Volume) -> dict[str, Any]:
@@ -451,6 +456,7 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False, c
                 "name": entry.name,
                 "errors": findings.by_snapshot.get(entry.name, []),
                 "blocks": findings.blocks.get(entry.name, []),
+                "proven": entry.name in findings.proven,
                 "state": entry.state.name.lower(),
                 "filesystem_errors": bool(entry.flags & with_errors),
             }
@@ -464,9 +470,9 @@ def check_copies(volume: Volume, first: int = 0) -> dict[str, Any]:
     return {"version": JSON_VERSION, **check_piece(volume, first, seconds=_CHECK_SECONDS)}
 
 
-def note_check(volume: Volume, damaged: list[str], sound: list[str]) -> dict[str, Any]:
+def note_check(volume: Volume, damaged: list[str], sound: list[str], proven: list[str] | None = None) -> dict[str, Any]:
     """Keep what a check found as states of the snapshots, and mend what has a whole second copy."""
-    found = note(volume, damaged, sound)
+    found = note(volume, damaged, sound, proven or [])
     return {"version": JSON_VERSION, "mended": volume.mended + found}
 
 
@@ -480,6 +486,7 @@ _DUMPS: dict[str, Callable[[Volume], Any]] = {
 
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "create": create,
+    "checksum": checksum,
     "list": list_snapshots,
     "show": show,
     "delete": delete,

@@ -830,6 +830,10 @@ class Volume:
                 note_dropped(store.root, gone, self.now_ns())
             for entry in gone:
                 store.root.counting &= ~(1 << entry.bit)
+            kept = {entry.id & 0xFFFFFFFF for entry in rest}
+            for kind, key in list(store.root.blobs):
+                if kind == fmt.BlobKind.CHECKSUMS and key not in kept:
+                    store.drop_blob(fmt.BlobKind.CHECKSUMS, key)
             engine.set_snapshots(rest)
             freed = engine.purge()
             store.release(engine.history.collect())
