@@ -21,6 +21,7 @@ for _directory in (HERE, HERE.parent / "tools"):
 
 import images  # noqa: E402
 import oracle  # noqa: E402
+import program  # noqa: E402
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 # The tests run e2fsprogs by name; for an ordinary user these directories may be missing.
@@ -148,8 +149,8 @@ def extsnap_program() -> Path:
 
 
 @pytest.fixture
-def run_cli(extsnap_program: Path) -> RunCli:
-    """Run the installed `extsnap` as a process of its own.
+def run_cli() -> RunCli:
+    """Run `extsnap` as a process of its own.
 
     ``run_cli("create", image, "one")`` fails the test unless the status is 0; pass ``status=1`` to expect another
     one, ``status=None`` to take any.  Standard output and error are kept apart, as text.
@@ -163,14 +164,11 @@ def run_cli(extsnap_program: Path) -> RunCli:
         input: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         words = [os.fspath(argument) for argument in arguments]
-        done = subprocess.run(
-            [str(extsnap_program), *words],
-            capture_output=True,
-            text=True,
+        done = program.loaded().run(
+            words,
             timeout=timeout,
-            input="" if input is None else input,
+            input=input or "",
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **(env or {})},
-            check=False,
         )
         shown = f"extsnap {' '.join(words)} ended with {done.returncode}\n{done.stdout}{done.stderr}"
         assert status is None or done.returncode == status, shown
