@@ -67,6 +67,11 @@ def clear(top: Path) -> list[str]:
     return left
 
 
+def sync(path: Path) -> None:
+    """Write out one filesystem.  `os.sync` waits for every one of the machine: also for one that is stuck."""
+    subprocess.run(["sync", "-f", path], check=True)
+
+
 _COMMON = "ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 _FEATURES = {
     "ext2": _COMMON,

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -663,11 +664,12 @@ def test_help_and_list_import_nothing_heavy() -> None:
 
 def test_help_is_quick() -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("--help").returncode == 0
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of some: other work on the machine is not ours.
+    # Of a processor, and the best of some: other work on the machine is not ours.
     assert min(seconds() for _ in range(5)) < 0.25
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import oracle
 import pytest
-from arena import arena, make_volume
+from arena import arena, make_volume, sync
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -76,7 +76,7 @@ def test_a_volume_that_the_kernel_has(snapshots: bool, run_cli: Cli) -> None:
         if snapshots:
             run_cli("create", image, "first")
         mount = stack.enter_context(oracle.mounted(image, "noinit_itable", writable=True))
-        os.sync()
+        sync(mount)
         refused(run_cli, image, directory, WRITING_SNAPSHOTS if snapshots else WRITING, "mounted", str(mount))
         # Another name of the same file is the same volume.
         link = image.with_name("link.img")

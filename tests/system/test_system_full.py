@@ -15,7 +15,7 @@ from pathlib import Path
 
 import oracle
 import pytest
-from arena import arena, make_volume
+from arena import arena, make_volume, sync
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -225,7 +225,7 @@ def test_the_oldest_snapshots_make_room(kind: str, block_size: int, run_cli: Cli
             run_cli("mount", image, mount)
             if not number:
                 take_the_rest(mount)
-                os.sync()
+                sync(mount)
                 assert os.statvfs(mount).f_bfree == 0
             content = rng.randbytes(size)
             with (mount / "big").open("r+b") as file:

@@ -22,7 +22,7 @@ import disks
 import hosts
 import oracle
 import pytest
-from arena import arena, make_volume
+from arena import arena, make_volume, sync
 from hosts import MIB
 
 import extsnap
@@ -179,7 +179,7 @@ def test_the_hosts_power_fails_after_a_shared_copy(kind: str, monkeypatch: pytes
             new = rng.randbytes(length)
             with extsnap.open(image) as volume:
                 volume.create("one")
-                os.sync()
+                sync(directory)
                 copy = oracle.copy_image(image, top / "one.copy")
                 volume.begin_serving()
                 volume.write(first, new)

@@ -12,7 +12,7 @@ from pathlib import Path
 import disks
 import oracle
 import pytest
-from arena import arena, make_volume
+from arena import arena, make_volume, sync
 
 import extsnap
 from extsnap.snapshot.volume import Volume
@@ -335,7 +335,7 @@ def test_removed_through_a_kernel_mount(kind: str, run_cli: Cli) -> None:
         run_cli("mount", history.image, mount)
         subprocess.run(["chattr", "-i", mount / ".extsnap", mount / ".extsnap" / "store"], check=True)
         shutil.rmtree(mount / ".extsnap")
-        os.sync()
+        sync(mount)
         run_cli("umount", mount, status=1)
         history.judge_views()
         if kind == "ext2":
