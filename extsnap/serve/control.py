@@ -500,9 +500,10 @@ def connect(key: ImageKey) -> tuple[ControlClient, dict[str, Any]] | None:
             try:
                 found = _greet(path)
             except ConnectionRefusedError:
-                found = None
                 with contextlib.suppress(FileNotFoundError):
                     _bury(path)
+                deadline = time.monotonic() + _ENDING_SECONDS  # if there is one now, it is another one
+                continue
             if found is not None:
                 return found
             if time.monotonic() >= deadline:
