@@ -52,7 +52,8 @@ def every_operation(life: Recorded, *, thorough: bool) -> list[int]:
         if step.name in NOT_OURS:
             continue
         stride = 1 if thorough or step.name in EVERY_OPERATION else 3
-        for point in {*range(step.first + 1 + TURNS.get(life.kind, 0) % turns, step.last + 1, stride * turns), step.last}:
+        first = step.first + 1 + TURNS.get(life.kind, 0) % turns
+        for point in {*range(first, step.last + 1, stride * turns), step.last}:
             # A barrier changes nothing on this medium, only what a session may expect of it, and that a command ended.
             if step.events or life.device.log[point - 1].kind != "flush" or point == step.last:
                 points.append(point)
