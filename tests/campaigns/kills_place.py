@@ -394,10 +394,17 @@ class Bystander:
         assert (self.served / "volume").stat().st_size == self.image.stat().st_size
 
     def end(self) -> None:
-        """Unmount and stop serving."""
-        for words in (("umount", self.mount), (PROGRAM, "detach", self.served)):
+        """Unmount and stop serving.  A loop device goes a moment after its mount; until then `detach` is refused."""
+        self._end(self.mount, "umount")
+        self._end(self.served, PROGRAM, "detach")
+
+    def _end(self, point: Path, *words: str | os.PathLike[str]) -> None:
+        def gone() -> bool:
             with contextlib.suppress(subprocess.SubprocessError):
-                self._run(*words)
+                self._run(*words, point)
+            return not os.path.ismount(point)
+
+        until(gone, f"another served volume is still mounted at {point}")
 
 
 @contextlib.contextmanager
