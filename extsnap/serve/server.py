@@ -119,6 +119,7 @@ class Server:
         self._files: FuseFiles | None = None
         self._disk: Disk | None = None
         self._scratch_directory = ""
+        self._held = -1
         self._scratches: list[tuple[control.Connection, str]] = []  # who asked for which file
         self._fuse_fd = -1
         self._listener: socket.socket | None = None
@@ -204,6 +205,9 @@ class Server:
     def _mount(self) -> None:
         config = self.config
         path = control.socket_path(control.image_key(config.image, config.offset))
+        if config.private:
+            # Who sweeps may be in another mount namespace: he sees no mount, and would take it away with its directory.
+            self._held = control.hold(config.directory)
         with control.alone(path.parent):
             if config.writable:
                 # We have the image: a socket of it can only be that of a server that was killed.
@@ -686,6 +690,9 @@ class Server:
                 self._volume.close()
             except Exception as error:
                 failure = failure or error
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
         if self.config.private:
             with contextlib.suppress(OSError):
                 os.rmdir(self.config.directory)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -30,9 +29,10 @@ USER = 65534
 SECONDS = 180
 OLD = b"as it was then " * 20_000
 BECOME = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-# The namespace lives for as long as this runs; it says when it is ready.
+# The namespace lives for as long as this runs; it says when it is ready.  The program is shown where the user can go.
 NAMESPACE = """\
 mount -t tmpfs none "$1/dev" && mknod -m 666 "$1/dev/fuse" c 10 229 && mount --bind "$1/dev/fuse" /dev/fuse &&
+mount --bind "$2" "$1/python" && mount --bind "$3" "$1/packages" && mount --bind "$4" "$1/source/extsnap" &&
 echo ready && exec sleep infinity
 """
 
@@ -47,18 +47,12 @@ class User:
             "HOME": str(self.home),
             "XDG_RUNTIME_DIR": str(top / "runtime"),
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONPATH": os.pathsep.join(str(Path(module.__file__).parent.parent) for module in (extsnap, numpy)),
+            "PYTHONPATH": f"{top}/source:{top}/packages",
+            "LD_LIBRARY_PATH": f"{top}/python/lib",
             "NO_COLOR": "1",
         }
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        for python in (sys.executable, shutil.which(version, path="/usr/bin:/usr/local/bin"), shutil.which("python3")):
-            # The interpreter of the tests may lie in a home directory that is root's alone.
-            if not python or self.run("test", "-x", python, status=None).returncode:
-                continue
-            if self.run(python, "-c", "import numpy, construct, extsnap", status=None).returncode == 0:
-                self._program = [python, "-P", "-m", "extsnap.cli.app"]
-                return
-        pytest.skip("no Python that a normal user can run")
+        python = f"{top}/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+        self._program = [python, "-P", "-m", "extsnap.cli.app"]
 
     def run(self, *words: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -77,11 +71,12 @@ class User:
 
 @contextlib.contextmanager
 def a_user(top: Path) -> Iterator[User]:
-    for name in ("home", "runtime", "dev"):
-        (top / name).mkdir(mode=0o700)
+    for name in ("home", "runtime", "dev", "python", "packages", "source", "source/extsnap"):
+        (top / name).mkdir()
+        (top / name).chmod(0o700 if name in ("home", "runtime") else 0o755)
     top.chmod(0o755)
-    (top / "dev").chmod(0o755)
-    words = ["unshare", "--mount", "--propagation=private", "sh", "-ec", NAMESPACE, "sh", str(top)]
+    shown = [sys.base_prefix, Path(numpy.__file__).parent.parent, Path(extsnap.__file__).parent]
+    words = ["unshare", "--mount", "--propagation=private", "sh", "-ec", NAMESPACE, "sh", str(top), *map(str, shown)]
     holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
