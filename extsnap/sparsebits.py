@@ -15,7 +15,7 @@ import numpy.typing as npt
 from bitarray import bitarray
 
 from extsnap import arrays
-from extsnap.arrays import Bits, Ints, distinct, expand
+from extsnap.arrays import Bits, Ints, bitmap_runs, distinct, expand, merge_runs
 
 CLEAR, SET = 0, 1
 #: Mixed rows worked on at once.
@@ -26,6 +26,19 @@ def parts(rows: Ints) -> Iterator[Ints]:
     """``rows`` in pieces whose bitmaps may be in memory at once."""
     for low in range(0, len(rows), PART_ROWS):
         yield rows[low : low + PART_ROWS]
+
+
+def runs_of_rows(rows: Ints, bitmaps: Bits) -> Ints:
+    """Runs (start, length) of the bits that are set in sorted ``rows``, whose bitmaps are uint8[n, row_bytes]."""
+    bits = bitmaps.shape[1] * 8
+    found = bitmap_runs(bitmaps.reshape(-1), len(rows) * bits)
+    # Here rows stand side by side that may not be neighbours: cut at the end of each, then joined where they touch.
+    first, last = found[:, 0] // bits, (found.sum(axis=1) - 1) // bits
+    count = last - first + 1
+    row = expand(first, count)
+    start = np.maximum(np.repeat(found[:, 0], count), row * bits)
+    end = np.minimum(np.repeat(found.sum(axis=1), count), (row + 1) * bits)
+    return merge_runs(np.stack([start + (rows[row] - row) * bits, end - start], axis=1))
 
 
 class SparseBits:
@@ -131,9 +144,18 @@ class SparseBits:
         """The bitmaps of some rows: uint8[n, row_bytes]."""
         return self._pool[self._slot[rows]]
 
+    def runs(self, rows: Ints | None = None) -> Ints:
+        """Runs (start, length) of the bits that are set, or of those in some rows, sorted: int64[n, 2]."""
+        found = [runs_of_rows(some, self.take(some)) for some in parts(self.filled_rows() if rows is None else rows)]
+        return merge_runs(np.concatenate(found)) if found else np.zeros((0, 2), np.int64)
+
     def mixed_rows(self) -> Ints:
         """Rows that have a bitmap of their own: int64[n], sorted."""
         return np.flatnonzero(self._slot > SET)
+
+    def filled_rows(self) -> Ints:
+        """Rows that are not known to be all clear: int64[n], sorted."""
+        return np.flatnonzero(self._slot != CLEAR)
 
     def set_rows(self) -> Ints:
         """Rows that are known to be all set: int64[n], sorted."""

@@ -208,6 +208,8 @@ def _check_structures(volume: Volume, found: Findings) -> None:
     if engine.lost and not examined.lost:
         examined.lose(engine.lost, None)
         found.errors.append(engine.lost)
+    if engine.hidden.some and not volume.medium.state.mark:
+        found.errors.append("blocks are hidden, but the image is at rest")
     for entry in volume.snapshot_list():
         if examined.snapshots is None or entry.id in examined.snapshots:
             found.by_snapshot.setdefault(entry.name, []).extend(

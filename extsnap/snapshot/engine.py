@@ -4,6 +4,7 @@
     plain                 medium           straight to the medium
     needed                medium           held in memory; its old content is copied when the hold is committed
     held                  the hold         held too, behind the earlier one
+    hidden                zeros            needed, so held; see `hidden`
     the store's data      zeros            refused (EIO)
     a superblock          medium, freed of guard, mark and pointer
 
@@ -32,6 +33,8 @@ from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of
 from extsnap.blockdev.base import Buffer
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
+from extsnap.snapshot import hidden
+from extsnap.snapshot.hidden import Hidden
 from extsnap.snapshot.history import History
 from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
@@ -84,6 +87,7 @@ class Engine:
         self.need = SparseBits(self.rows, self.row_bytes)
         self._special = SparseBits(self.rows, self.row_bytes)
         self._owned = SparseBits(self.rows, self.row_bytes)
+        self.hidden = Hidden(self.rows, self.row_bytes)
         self._superblocks = np.array([], np.int64)
         self._arena = memoryview(bytearray(0))
         self._held: list[tuple[int, int, int]] = []  # (position, blocks, offset in the arena), in order of arrival
@@ -125,7 +129,10 @@ class Engine:
             raw = store.read_blob(fmt.BlobKind.HISTORY_TWINS, 0)
             twins = fmt.parse_table(raw, fmt.HISTORY_TWIN_DTYPE, "history twins").astype(np.int64)
         self.history = History(self.rows, self.row_bytes, history, store.read_blocks, twins)
+        if (fmt.BlobKind.HIDDEN, 0) in blobs:
+            hidden.load(self, fmt.parse_runs(store.read_blob(fmt.BlobKind.HIDDEN, 0), "hidden runs"))
         for batch in store.replay_log():
+            hidden.load(self, batch.hides, batch.shows)
             if len(batch.masks):
                 self.masks.widen(batch.masks.shape[1])
                 self.masks.intern_exactly(batch.masks)
@@ -137,6 +144,7 @@ class Engine:
             for part in level.parts():
                 store.mark_used(level.copies(part))
         store.mark_used(self.history.refs_in_use())
+        self.hidden.is_stored()
         self.set_snapshots(self.snapshots)
 
     def _read_level(self, key: int) -> Level:
@@ -178,6 +186,7 @@ class Engine:
         blocks = sorted({at // self.block_size for at in self.medium.offsets})
         self._superblocks = np.array(blocks, np.int64) + self.shift
         self._special = SparseBits.of(runs_of(self._superblocks), self.rows, self.row_bytes)
+        self._special |= self.hidden.bits
         self._owned = SparseBits(self.rows, self.row_bytes)
         self.set_owned(self.store.root.extents)
 
@@ -188,6 +197,7 @@ class Engine:
             self._clear_recorded()
         self.need.set(runs_of(self._superblocks))
         self.need |= self._owned
+        self.need |= self.hidden.bits
 
     def _clear_recorded(self) -> None:
         """Clear ``need`` where one record names every living snapshot: the steady state after a reopen."""
@@ -202,6 +212,8 @@ class Engine:
         left = self._owned
         self._owned = SparseBits.of(extents[:, 1:] + np.array([self.shift, 0]), self.rows, self.row_bytes)
         left -= self._owned
+        if self.hidden.some:  # of an adopted block the copy is the block itself; the store's data reads as zeros anyway
+            self.hidden.show(self.hidden.overlap(self._owned))
         self._special -= left
         self._special |= self._owned
         self.need |= self._owned
@@ -209,6 +221,14 @@ class Engine:
     def owns(self, positions: Ints) -> npt.NDArray[np.bool_]:
         """bool[n]: which positions are data blocks of the store."""
         return self._owned.test(positions)
+
+    def is_superblock(self, positions: Ints) -> npt.NDArray[np.bool_]:
+        """bool[n]: which positions hold a superblock."""
+        return np.isin(positions, self._superblocks)
+
+    def not_special(self, runs: Ints) -> None:
+        """Reads of these positions go straight to the medium from now on; nothing may be held."""
+        self._special.set(runs, False)
 
     def rows_of(self, size: int) -> int:
         """Rows of bits of a volume of so many bytes."""
@@ -222,6 +242,7 @@ class Engine:
         self.need, self._special, self._owned = (
             bits.reshaped(self.rows, self.row_bytes) for bits in (self.need, self._special, self._owned)
         )
+        self.hidden.reshape(self.rows)
         self.history.resize(self.rows)
 
     # -- reading ----------------------------------------------------------------------------------------
@@ -236,6 +257,8 @@ class Engine:
         self.medium.readinto(offset, buffer)
         origin = offset - ((start - self.shift) << self._bits)
         for position, count in runs_of(self._owned.positions(start, stop)).tolist():
+            self._paste(buffer, origin, position - start, bytes(count << self._bits))
+        for position, count in runs_of(self.hidden.inside(start, stop)).tolist():
             self._paste(buffer, origin, position - start, bytes(count << self._bits))
         for position, count, at in self._held:
             if position < stop and position + count > start:
@@ -331,7 +354,8 @@ class Engine:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
         folded: int = len(self.index) * _INDEX_BYTES
         history = self.history.table.nbytes + self.history.twins.nbytes
-        tables = 2 * (self.masks.count * self.masks.words * 8 + history + 64 * len(self.snapshots))
+        tables = self.masks.count * self.masks.words * 8 + history + 64 * len(self.snapshots)
+        tables = 2 * (tables + self.hidden.runs * fmt.RUN_DTYPE.itemsize)
         root = self.store.root
         texts = sum(len(key) + len(value) for key, value in root.properties.items())
         header = 4 * (4096 + 24 * len(root.extents) + 16 * len(root.mapping) + texts)
@@ -373,7 +397,7 @@ class Engine:
         self.commit()
         if cost <= self.room():
             return
-        exact = self.copies_for(self._needed_from(start, stop))
+        exact = self.copies_for(self.needed_from(start, stop))
         if exact > max(0, self.room()):
             raise VolumeFull(
                 f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
@@ -382,17 +406,17 @@ class Engine:
 
     def _decide(self, positions: Ints) -> int:
         """How many of the blocks at sorted ``positions`` must be copied before they are overwritten."""
-        missing = self._missing(positions).any(axis=1)
-        self._clear_need(positions[~missing])
+        missing = self.missing(positions).any(axis=1)
+        self.clear_need(positions[~missing])
         return int(missing.sum())
 
     def needed_by(self, offset: int, length: int) -> Iterator[Ints]:
         """Positions in a range of bytes that may have to be copied before they are overwritten, piece by piece."""
-        return self._needed_from(
+        return self.needed_from(
             (offset >> self._bits) + self.shift, ((offset + length - 1) >> self._bits) + 1 + self.shift
         )
 
-    def _needed_from(self, start: int, stop: int) -> Iterator[Ints]:
+    def needed_from(self, start: int, stop: int) -> Iterator[Ints]:
         for low in range(start, stop, 8192):
             yield self.need.positions(low, min(low + 8192, stop))
 
@@ -442,7 +466,7 @@ class Engine:
         """
         last = np.zeros(top + 1, np.int64)
         for positions in needed:
-            missing = self._missing(positions).astype("<u8").view(np.uint8)
+            missing = self.missing(positions).astype("<u8").view(np.uint8)
             bits = np.unpackbits(missing, axis=1, bitorder="little")
             last += np.bincount((bits * ranks).max(axis=1, initial=0), minlength=top + 1)
         return np.asarray(last.sum() - np.cumsum(last)[:top])
@@ -499,6 +523,8 @@ class Engine:
         self._overwrite()
         held = np.array(self._held, np.int64)
         runs = held[:, :2]
+        if self.hidden.some:
+            hidden.revealed(self, runs)
         self._special.set(runs, False)
         self._special.set(runs_of(self._superblocks))
         self._special.tidy(distinct(runs[:, 0] // (self.row_bytes * 8)))
@@ -530,8 +556,8 @@ class Engine:
             length = min(count << self._bits, self.size - offset)
             self.medium.pwrite(offset, self._arena[at : at + length])
 
-    def _missing(self, positions: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-        """uint64[n, words]: the snapshots that preserve a block and have no record for it."""
+    def missing(self, positions: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        """uint64[n, words]: by sorted position, the snapshots that preserve it and have no record for it."""
         missing = self.history.masks_at(positions) & self.alive
         for level, which, record in self.index.pairs(positions - self.shift):
             recorded = np.zeros_like(missing)
@@ -547,14 +573,18 @@ class Engine:
         """
         for low in range(0, len(positions), self._batch_limit):
             part = positions[low : low + self._batch_limit]
-            missing = self._missing(part)
+            missing = self.missing(part)
             todo = missing.any(axis=1)
             if todo.any():
                 self._copy(part[todo] - self.shift, missing[todo])
-            self._clear_need(part)
+            self.clear_need(part)
 
-    def _clear_need(self, positions: Ints) -> None:
-        self.need.set(runs_of(positions[~self._owned.test(positions)]), False)
+    def clear_need(self, positions: Ints) -> None:
+        """No snapshot misses these sorted positions; what takes the slow path for another reason stays needed."""
+        kept = self._owned.test(positions)
+        if self.hidden.some:
+            kept |= self.hidden.bits.test(positions)
+        self.need.set(runs_of(positions[~kept]), False)
         self.need.set(runs_of(self._superblocks))
 
     def _copy(self, blocks: Ints, missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
@@ -607,9 +637,11 @@ class Engine:
         """Everything written before is durable when this returns."""
         self.commit()
         self.medium.flush()
+        if self.hidden.changed:
+            hidden.log(self)
 
     def punch(self, offset: int, length: int) -> None:
-        """Discard or write zeroes: the range reads as zeros afterwards, its needed blocks are preserved first.
+        """Discard or write zeroes: the range reads as zeros afterwards, its needed blocks are copied first or hidden.
 
         Blocks of the store inside the range read as zeros anyway and are left alone.
 
@@ -624,24 +656,52 @@ class Engine:
         if low >= high:
             self.pwrite(offset, bytes(end - offset))
             return
-        # Room for everything first, the ragged ends included: a punch is refused whole or done.
+        self.commit()
         outer = (offset >> self._bits) + self.shift, ((end - 1) >> self._bits) + 1 + self.shift
-        self._make_room(self._cost(*outer), *outer)
+        start, stop = (low >> self._bits) + self.shift, (high >> self._bits) + self.shift
+        hides = hidden.needed_runs(self, start, stop)
+        # Room for everything first, the ragged ends included: a punch is refused whole or done.
+        cost = self._cost(*outer)
+        if hides is None:
+            self._make_room(cost, *outer)
+        else:
+            hidden.require_room(self, len(hides), cost - self._cost(start, stop))
         if offset < low:
             self.pwrite(offset, bytes(low - offset))
         if end > high:
             self.pwrite(high, bytes(end - high))
         self.commit()
-        start, stop = (low >> self._bits) + self.shift, (high >> self._bits) + self.shift
-        for piece in range(start, stop, 4096):
-            self.preserve(self.need.positions(piece, min(piece + 4096, stop)))
-        kept = np.concatenate([self._owned.positions(start, stop), [stop]])
+        if hides is None:
+            self.hidden.copied_bytes += self._cost(start, stop) * size
+            for piece in range(start, stop, 4096):
+                self.preserve(self.need.positions(piece, min(piece + 4096, stop)))
+        else:
+            inside = self._superblocks[(self._superblocks >= start) & (self._superblocks < stop)]
+            self.preserve(inside[self.need.test(inside)])
+        if hides is not None:
+            self.hidden.hide(hides)
+            self._special.set(hides)
+        for first in range(start, stop, hidden.WINDOW):
+            self._punch_window(first, min(first + hidden.WINDOW, stop), copied=hides is None)
+        self.index.count_write(start - self.shift, stop - start)
+
+    def _punch_window(self, start: int, stop: int, *, copied: bool) -> None:
+        """Punch [start, stop) on the medium, all but the store's blocks and, unless they were copied, hidden ones."""
+        kept, inside = self._owned.positions(start, stop), self.hidden.inside(start, stop)
+        if not copied:
+            kept = distinct(np.concatenate([kept, inside]))
         begin = start
-        for position, count in runs_of(kept).tolist():
+        for position, count in [*runs_of(kept).tolist(), (stop, 0)]:
             if position > begin:
                 self.medium.punch((begin - self.shift) << self._bits, (position - begin) << self._bits)
             begin = position + count
-        self.index.count_write(start - self.shift, stop - start)
+        if copied and len(inside):
+            hidden.revealed(self, runs_of(inside))
+
+    def punch_runs(self, runs: Ints) -> None:
+        """Punch runs of positions on the medium."""
+        for position, count in runs.tolist():
+            self.medium.punch((position - self.shift) << self._bits, count << self._bits)
 
     # -- folding ----------------------------------------------------------------------------------------
 
@@ -694,6 +754,8 @@ class Engine:
         written = [fresh, *([level] for level in rewritten)]
         sizes = [sum(map(len, levels)) * fmt.RECORD_DTYPE.itemsize for levels in written]
         sizes += [sum(len(level.crcs) for level in levels) * 4 for levels in written]
+        hides = self.hidden.blob(self.shift) if self.hidden.some else b""
+        sizes.append(len(hides))
         needed = 2 * sum(-(-length // size) for length in [*sizes, table])
         if needed > self.store.available:  # asked first: whoever commits next would commit half of a fold
             raise VolumeFull(
@@ -714,6 +776,7 @@ class Engine:
                 self.store.drop_blob(fmt.BlobKind.INDEX_CRCS, key)
         self.index.replace(kept)
         self.write_masks()
+        self._write_hidden(hides)
         self.store.new_epoch()
         if commit:
             self.store.commit()
@@ -725,6 +788,15 @@ class Engine:
         crcs = level.crcs.astype(CRC_DTYPE, copy=False)
         self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
         level.stored, level.touched = key, False
+
+    def _write_hidden(self, runs: bytes) -> None:
+        """Put the hidden runs into their blob; the feature is in the header while there are any."""
+        if runs:
+            self.store.write_blob(fmt.BlobKind.HIDDEN, 0, runs)
+        else:
+            self.store.drop_blob(fmt.BlobKind.HIDDEN, 0)
+        self.store.root.incompat = fmt.INCOMPAT_HIDDEN_RUNS if runs else 0
+        self.hidden.is_stored()
 
     def write_masks(self) -> None:
         """Put the mask table into its blob."""

@@ -42,7 +42,9 @@ ALL_SET = -2
 #: There are checksums of snapshots: who does not know them may leave some behind, and nothing else.
 COMPAT_CHECKSUMS = 1
 #: Feature bits: everybody refuses a store with other incompat bits, a writer one with other ro_compat bits.
-KNOWN_INCOMPAT = 0
+#: Blocks of the base volume are hidden: whoever does not know of them reads there what was discarded.
+INCOMPAT_HIDDEN_RUNS = 1
+KNOWN_INCOMPAT = INCOMPAT_HIDDEN_RUNS
 #: Entries of the snapshot table have flags: a writer that does not know them would clear them.
 RO_COMPAT_SNAPSHOT_FLAGS = 1
 #: Structures have a second copy: a writer that does not know it would change the first one only, and use its blocks.
@@ -92,6 +94,7 @@ class BlobKind(enum.IntEnum):
     INDEX = 4
     INDEX_CRCS = 5
     REDO = 6
+    HIDDEN = 7
     HISTORY_TWINS = 8
     CHECKSUMS = 9
 
@@ -218,7 +221,9 @@ BatchHeader = c.Struct(
     "mask_words" / c.Int32ul,
     "records" / c.Int32ul,
     "crcs" / c.Int32ul,
-    "reserved" / c.Bytes(24),
+    "hides" / c.Int32ul,  # runs that are hidden from this batch on; 0 without INCOMPAT_HIDDEN_RUNS
+    "shows" / c.Int32ul,  # runs that are hidden no more
+    "reserved" / c.Bytes(16),
 )
 
 SnapshotEntry = c.Struct(
@@ -350,6 +355,19 @@ def parse_table(raw: bytes, dtype: np.dtype[Any], name: str) -> np.ndarray[Any, 
     if len(raw) % dtype.itemsize:
         raise StoreDamaged(f"{name}: {len(raw)} bytes are not a whole number of {dtype.itemsize}-byte entries")
     return np.frombuffer(raw, dtype)
+
+
+def build_runs(runs: np.ndarray[Any, Any]) -> bytes:
+    """A table of runs, int64[n, 2] of (start, length)."""
+    table = np.zeros(len(runs), RUN_DTYPE)
+    table["start"], table["length"] = runs.T
+    return table.tobytes()
+
+
+def parse_runs(raw: bytes, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Runs from their table: int64[n, 2]."""
+    table = parse_table(raw, RUN_DTYPE, name)
+    return np.stack([table["start"], table["length"]], axis=1).astype(np.int64)
 
 
 class SnapshotFlags(enum.IntFlag):

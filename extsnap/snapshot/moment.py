@@ -46,6 +46,17 @@ def require_clean(fs: Filesystem, name: str) -> None:
         raise kind(f"{name} {undone}", hint=how_to_repair(name))
 
 
+def in_use(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int) -> SparseBits:
+    """Used blocks by ext's bitmaps, and those that no bitmap covers; arguments as of `preserved`."""
+    geometry = fs.geometry
+    bits = fs.block_bitmaps().reshaped(rows, row_bytes, 1 if shift else 0)
+    bits.set(np.array([[shift, geometry.first_data_block]], np.int64))
+    end = rows * row_bytes * 8
+    bits.set(np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
+    bits.set(np.array([[blocks + shift, end - blocks - shift]], np.int64), False)
+    return bits
+
+
 def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> SparseBits:
     """What a snapshot taken now preserves, in ``rows`` of ``row_bytes``, by position (block + shift).
 
@@ -59,12 +70,7 @@ def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int
         blocks: Blocks of the device, a ragged last one included.
         owned: Physical runs (start, length) of the store's data.
     """
-    geometry = fs.geometry
-    bits = fs.block_bitmaps().reshaped(rows, row_bytes, 1 if shift else 0)
-    bits.set(np.array([[shift, geometry.first_data_block]], np.int64))
-    end = rows * row_bytes * 8
-    bits.set(np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
-    bits.set(np.array([[blocks + shift, end - blocks - shift]], np.int64), False)
+    bits = in_use(fs, rows, row_bytes, shift, blocks)
     move = np.array([shift, 0], np.int64)
     bits.set(owned + move, False)
     bits.set(fs.inode_table_unused() + move, False)

@@ -25,7 +25,7 @@ from extsnap.arrays import Ints, distinct, expand, runs_of
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, SnapshotNotFound, VolumeFull
 from extsnap.ext.filesystem import Filesystem
-from extsnap.snapshot import edit, graft
+from extsnap.snapshot import edit, graft, hidden
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import Level
 from extsnap.snapshot.store import RestoreIntent
@@ -50,7 +50,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         volume.require_trusted()
     target = volume.find(name)
     engine, store = volume.require_engine(), volume.require_store()
-    engine.flush()
+    _reveal(volume, everything=not safety and volume.needs_replay)
     created = volume.now_ns()
     entry = None
     grown = 0
@@ -107,6 +107,28 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     volume.settle()
     volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long
     return entry
+
+
+def _reveal(volume: Volume, *, everything: bool) -> None:
+    """What is written below is what differs from the base on the medium: nothing may be hidden.
+
+    Args:
+        everything: The base is given up: all of it may show what the medium has.
+
+    Raises:
+        VolumeFull: Blocks in use find no room; nothing was changed.
+    """
+    engine = volume.require_engine()
+    engine.flush()
+    if everything:
+        hidden.forget(engine)
+        engine.flush()
+    volume.reveal()
+    if engine.hidden.some:
+        raise VolumeFull(
+            f"{volume.name} has zeros that were written and find no room for copies of what was there",
+            hint="delete a snapshot, or use --no-safety",
+        )
 
 
 def _move_out(volume: Volume, target: fmt.Snapshot) -> tuple[SparseBits, list[int]]:

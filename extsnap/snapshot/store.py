@@ -50,6 +50,7 @@ Extents = npt.NDArray[np.int64]
 NO_EXTENTS: Extents = np.zeros((0, 3), np.int64)
 NO_FLAGS = fmt.SlotFlags(0)
 NO_BLOCKS: Ints = np.zeros(0, np.int64)
+NO_RUNS: Ints = np.zeros((0, 2), np.int64)
 #: The two slots are the first two logical blocks of the store.
 SLOT_BLOCKS = 2
 #: Content that moves is copied in pieces of this many bytes.
@@ -103,6 +104,7 @@ class Root:
         twins: Runs (start, length) of the second copies of blobs.
         log_twin: First logical block of the log's second copy; 0: there is none.
         log_batches: Batches of this epoch that were durable at the commit.
+        incompat: Feature word of the slots: what everybody must know.
     """
 
     store_uuid: bytes
@@ -131,6 +133,7 @@ class Root:
     twins: dict[tuple[int, int], Ints] = field(default_factory=dict)
     log_twin: int = 0
     log_batches: int = 0
+    incompat: int = 0
 
     def allocation_runs(self) -> Ints:
         """Runs (start, length) of every block of extsnap: what the snapshot allocation bitmap holds."""
@@ -171,7 +174,7 @@ class Root:
         blobs = np.zeros(len(self.blobs), fmt.BLOB_DTYPE)
         for index, ((kind, key), blob) in enumerate(sorted(self.blobs.items())):
             blobs[index] = (kind, key, blob.length, blob.crc, len(blob.runs))
-        runs = [_runs_bytes(blob.runs) for _, blob in sorted(self.blobs.items())]
+        runs = [fmt.build_runs(blob.runs) for _, blob in sorted(self.blobs.items())]
         sections = [
             (section.EXTENTS, _extents_bytes(self.extents)),
             (section.MAPPING, self.mapping.astype("<u8").tobytes()),
@@ -183,7 +186,7 @@ class Root:
             (section.SUPERBLOCKS, np.array(self.superblocks, "<u8").tobytes()),
             (section.PROPERTIES, "".join(f"{k}={v}\n" for k, v in sorted(self.properties.items())).encode()),
             (section.FINGERPRINT, self.fingerprint),
-            (section.ALLOCATION, _runs_bytes(self.allocation_runs())),
+            (section.ALLOCATION, fmt.build_runs(self.allocation_runs())),
         ]
         if self.twins:
             twins = np.zeros(len(self.twins), fmt.TWIN_DTYPE)
@@ -191,7 +194,7 @@ class Root:
                 twins[index] = (kind, key, len(mine), 0)
             sections += [
                 (section.TWINS, twins.tobytes()),
-                (section.TWIN_RUNS, b"".join(_runs_bytes(mine) for _, mine in sorted(self.twins.items()))),
+                (section.TWIN_RUNS, b"".join(fmt.build_runs(mine) for _, mine in sorted(self.twins.items()))),
             ]
         if self.log_twin:
             twin = fmt.LogTwin.build({"start": self.log_twin, "batches": self.log_batches})
@@ -232,6 +235,7 @@ class Root:
             root = cls(
                 store_uuid=slot.store_uuid,
                 ro_compat=int(slot.ro_compat),
+                incompat=int(slot.incompat),
                 fs_uuid=slot.fs_uuid,
                 block_size=slot.block_size,
                 generation=slot.generation,
@@ -311,17 +315,9 @@ def _parse_extents(raw: bytes, device_blocks: int) -> Extents:
     return extents
 
 
-def _runs_bytes(runs: Ints) -> bytes:
-    table = np.zeros(len(runs), fmt.RUN_DTYPE)
-    if len(runs):
-        table["start"], table["length"] = runs.T
-    return table.tobytes()
-
-
 def _parse_blobs(raw: bytes, raw_runs: bytes) -> dict[tuple[int, int], Blob]:
     table = fmt.parse_table(raw, fmt.BLOB_DTYPE, "blobs")
-    runs = fmt.parse_table(raw_runs, fmt.RUN_DTYPE, "blob runs")
-    pairs = np.stack([runs["start"], runs["length"]], axis=1).astype(np.int64)
+    pairs = fmt.parse_runs(raw_runs, "blob runs")
     blobs, at = {}, 0
     for entry in table:  # one a blob: a few, whatever the size of the volume
         count = int(entry["runs"])
@@ -357,6 +353,8 @@ class Batch:
     masks: npt.NDArray[np.uint64]
     records: np.ndarray[Any, Any]
     crcs: npt.NDArray[np.uint32]
+    hides: Ints
+    shows: Ints
 
 
 class Store:
@@ -736,6 +734,7 @@ class Store:
             head = fmt.build_slot(
                 compat=fmt.COMPAT_CHECKSUMS if has_checksums else 0,
                 ro_compat=self.root.ro_compat,
+                incompat=self.root.incompat,
                 generation=self.root.generation,
                 store_uuid=self.root.store_uuid,
                 fs_uuid=self.root.fs_uuid,
@@ -845,14 +844,23 @@ class Store:
         """Capacity of the log."""
         return self.root.log_blocks * self.block_size
 
-    def batch_bytes(self, masks: int, words: int, records: int, crcs: int) -> int:
+    def batch_bytes(self, masks: int, words: int, records: int, crcs: int, runs: int = 0) -> int:
         """Space that a batch takes in the log: whole sectors."""
         raw = int(fmt.BATCH_HEADER) + masks * words * 8 + records * fmt.RECORD_DTYPE.itemsize + crcs * 4
+        raw += runs * fmt.RUN_DTYPE.itemsize
         return -(-raw // fmt.SECTOR) * fmt.SECTOR
 
-    def append_batch(self, masks: npt.NDArray[np.uint64], records: bytes, crcs: npt.NDArray[np.uint32]) -> None:
+    def append_batch(
+        self,
+        masks: npt.NDArray[np.uint64],
+        records: bytes,
+        crcs: npt.NDArray[np.uint32],
+        hides: Ints = NO_RUNS,
+        shows: Ints = NO_RUNS,
+    ) -> None:
         """Write the next batch into the log.  It counts once the caller's barrier returned (`log_advance`)."""
         payload = masks.astype("<u8").tobytes() + records + crcs.astype("<u4").tobytes()
+        payload += fmt.build_runs(hides) + fmt.build_runs(shows)
         head = fmt.BatchHeader.build(
             {
                 "magic": fmt.BATCH_MAGIC,
@@ -863,7 +871,9 @@ class Store:
                 "mask_words": masks.shape[1],
                 "records": len(records) // fmt.RECORD_DTYPE.itemsize,
                 "crcs": len(crcs),
-                "reserved": bytes(24),
+                "hides": len(hides),
+                "shows": len(shows),
+                "reserved": bytes(16),
             }
         )
         body = bytes(head)[8:] + payload
@@ -948,16 +958,20 @@ class Store:
             return None
         mask_bytes = head.masks * head.mask_words * 8
         record_bytes = head.records * fmt.RECORD_DTYPE.itemsize
-        end = position + fmt.BATCH_HEADER + mask_bytes + record_bytes + head.crcs * 4
+        crc_bytes, run_bytes = head.crcs * 4, (head.hides + head.shows) * fmt.RUN_DTYPE.itemsize
+        end = position + fmt.BATCH_HEADER + mask_bytes + record_bytes + crc_bytes + run_bytes
         if end > len(raw) or fmt.crc(raw[position + 8 : end]) != head.crc:
             return None
         at = position + fmt.BATCH_HEADER
         masks = np.frombuffer(raw[at : at + mask_bytes], "<u8").reshape(head.masks, head.mask_words)
         at += mask_bytes
         records = np.frombuffer(raw[at : at + record_bytes], fmt.RECORD_DTYPE)
-        crcs = np.frombuffer(raw[at + record_bytes : end], "<u4")
+        crcs = np.frombuffer(raw[at + record_bytes : end - run_bytes], "<u4")
+        runs = fmt.parse_runs(raw[end - run_bytes : end], "log")
         size = -(-(end - position) // fmt.SECTOR) * fmt.SECTOR
-        return Batch(int(head.sequence), masks.astype(np.uint64), records, crcs.astype(np.uint32)), size
+        sequence = int(head.sequence)
+        hides, shows = runs[: head.hides], runs[head.hides :]
+        return Batch(sequence, masks.astype(np.uint64), records, crcs.astype(np.uint32), hides, shows), size
 
     def snapshot_root(self) -> Root:
         """A copy of the root to come back to when an operation fails before its commit."""

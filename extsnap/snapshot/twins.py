@@ -35,6 +35,7 @@ NAMES = {
     fmt.BlobKind.INDEX_CRCS: "the checksums of index level",
     fmt.BlobKind.REDO: "the redo blocks",
     fmt.BlobKind.CHECKSUMS: "the table of checksums",
+    fmt.BlobKind.HIDDEN: "the table of hidden runs",
 }
 #: Blocks that one message names.
 _NAMED = 8

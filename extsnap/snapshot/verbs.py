@@ -373,11 +373,19 @@ def _dump_header(volume: Volume) -> dict[str, Any]:
         "pending": root.pending.kind.name.lower() if root.pending else None,
         "restore": root.restore.target_id if root.restore else None,
         "superblocks": root.superblocks,
+        "hidden": _hidden(volume),
         "properties": root.properties,
         "fingerprint": root.fingerprint.hex(),
         "mark": volume.medium.state.mark,
         "guard": volume.medium.state.guard,
     }
+
+
+def _hidden(volume: Volume) -> list[list[int]]:
+    """Runs of blocks [first, length] that read as zeros while the medium keeps what snapshots need."""
+    engine = volume.require_engine()
+    runs = engine.hidden.all_runs() - np.array([engine.shift, 0])
+    return [list(run) for run in runs.tolist()]
 
 
 def _dump_log(volume: Volume) -> list[dict[str, Any]]:
@@ -391,6 +399,8 @@ def _dump_log(volume: Volume) -> list[dict[str, Any]]:
             "masks": len(batch.masks),
             "records": len(batch.records),
             "copies": len(batch.crcs),
+            "hides": int(batch.hides[:, 1].sum()),
+            "shows": int(batch.shows[:, 1].sum()),
             "blocks": int(batch.records["length"].sum()),
         }
         for batch in batches

@@ -51,14 +51,14 @@ from extsnap.errors import (
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.locate import Place, locate
 from extsnap.ext.magic import recognise
-from extsnap.snapshot import edit, graft
+from extsnap.snapshot import edit, graft, hidden
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.above import Above
 from extsnap.snapshot.check import note
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.full import fill, make_room, warning
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
-from extsnap.snapshot.moment import fingerprint, how_to_repair, left_undone, preserved, require_clean
+from extsnap.snapshot.moment import fingerprint, how_to_repair, in_use, left_undone, preserved, require_clean
 from extsnap.snapshot.settings import note_dropped
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View, ViewFile
@@ -385,6 +385,7 @@ class Volume:
             return
         try:
             self._reconcile(fs)
+            self.reveal()
             self.settle()
         except FormatError:
             self.needs_replay = True
@@ -395,6 +396,7 @@ class Volume:
             return
         if is_open or (root.fingerprint and fingerprint(self.filesystem()) != root.fingerprint):
             self.outside_write = True
+            hidden.forget(self.require_engine())  # the base is what the others saw
 
     def _reconcile(self, fs: Filesystem) -> None:
         """After writes from above or a replay: filesystem and header say the same about the store again.
@@ -552,7 +554,33 @@ class Volume:
         store.root.flags &= ~fmt.SlotFlags.OPEN
         store.root.fingerprint = fingerprint(fs)
         store.commit()
-        self.set_mark(False)
+        if not engine.hidden.some:  # else there was no room to settle them: nobody else may read the image
+            self.set_mark(False)
+
+    def reveal(self) -> None:
+        """Bring a volume that is not written meanwhile to where no block is hidden, growing the store if it must.
+
+        Durable on return.  Where room is lacking all the same, the oldest snapshots make it if they are to; else blocks
+        in use stay hidden and the mark stays on.
+        """
+        engine = self.require_engine()
+        if not engine.hidden.some:
+            return
+        self.set_mark(True)
+        fs = self.filesystem()
+        used = in_use(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks)
+        missing = hidden.reveal(engine, used)
+        if missing and edit.grow(self, engine.blocks_for(missing) + MINIMUM_ROOM):
+            missing = hidden.reveal(engine, used)
+        if missing:
+            need = f"zeros that were written to it need {missing * self.block_size} bytes more for copies"
+            refusal = VolumeFull(f"{self.name} keeps the dirty mark: {need}", hint="delete a snapshot")
+            try:
+                make_room(self, refusal, engine.hidden.pieces())
+            except VolumeFull:
+                self.say(f"{refusal.message}; {refusal.hint}")
+            else:
+                self.reveal()
 
     def _watch(self) -> None:
         """While writes come from above and there are snapshots, a warden judges them; a replay is exempt."""
@@ -584,8 +612,12 @@ class Volume:
     def _reload(self) -> None:
         """Forget the state in memory and read the committed one: after an operation that failed half way."""
         serving = self.serving
+        shown = self.engine.hidden if self.engine is not None else None
         self._lost = True
         self._load()
+        if self.engine is not None and shown is not None:
+            self.engine.hidden.take_over(shown)
+            self.engine.pin()
         self._lost = False
         self.serving = serving
         if self.engine is not None and self.writable:
@@ -709,9 +741,10 @@ class Volume:
     def snapshot_blocks(self) -> int:
         """Blocks that the tables of a snapshot taken now would take."""
         engine, store = self.require_engine(), self.require_store()
-        rows, stored = engine.history.changed_rows(store.root.next_id - 1, self.preserved_now())
+        bits = self.preserved_now()
+        rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
         entry = fmt.HISTORY_DTYPE.itemsize + fmt.HISTORY_TWIN_DTYPE.itemsize
-        return 2 * len(stored) + len(rows) * entry * 4 // self.block_size
+        return 2 * len(stored) + len(rows) * entry * 4 // self.block_size + 2 * hidden.zero_blocks(engine, bits)
 
     def make_room_for_snapshot(self, extra: int = 0) -> None:
         """See that the store has room for one more snapshot and ``extra`` copies, growing it where needed.
@@ -775,6 +808,8 @@ class Volume:
         )
         store.root.counting |= 1 << bit
         store.root.next_id += 1
+        engine.set_snapshots(engine.snapshots)  # masks have room for its bit
+        hidden.record_zeros(engine, bit, bits)
         self._staged = ([*engine.snapshots, entry], bits)
         self._write_tables(self._staged[0])
         return entry
@@ -842,11 +877,13 @@ class Volume:
             if not rest:
                 self.set_mark(True)  # the guard goes with the last snapshot, also if this is as far as we get
             store.commit()
+            hidden.release(engine)
             if not rest:
                 engine.rebuild_need()
             if self.needs_replay or (dropped and not self.serving):
                 return freed * self.block_size  # the mark stays, or the command that needs the room goes on
             if not self.serving and not left_undone(self.filesystem()):
+                self.reveal()
                 self.give_back(freed, everything=not rest)
             self.settle()
         except (ExtsnapError, OSError):
@@ -911,6 +948,8 @@ class Volume:
         if self.needs_replay:
             store.root.flags |= fmt.SlotFlags.OPEN
         store.root.fingerprint = fingerprint(fs)
+        if engine.hidden.changed:
+            engine.fold(commit=False)
         store.commit()
         engine.set_snapshots(tainted)
         self.outside_write = False
@@ -1103,13 +1142,14 @@ class Volume:
                 f"{self.name}: its filesystem was left damaged: {error.message}",
                 hint=f"{how_to_repair(self.name)}, or extsnap restore --no-safety {self.name} SNAPSHOT",
             ) from error
+        self.reveal()
         store = self.require_store()
         used = max(0, self._copied_before - store.available)
         spare = self.engine.room() - MINIMUM_ROOM
         if spare > 4 * used + 2 * MINIMUM_ROOM:
             edit.shrink(self, spare - 2 * used)
         self.settle()
-        return True
+        return not self.engine.hidden.some
 
     def _let_repair_through(self) -> None:
         """Write what a repair wrote, if all of its copies have room; else drop it.

@@ -12,6 +12,7 @@ at the end, come e2fsck, the two bitmaps, and every record against the model.
 
 extsnap's own edits (the store grows, a restore grafts) change metadata in a way that the model cannot foresee:
 there the model takes the volume's word, after e2fsck agreed; file data, file metadata and free blocks are foreseen.
+So it does for free blocks that were punched, when the image comes to rest: they may show again what they had.
 
 ``EXTSNAP_LONG=1`` runs longer, with new examples every time; else the examples are the same in every run.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from unittest import mock
 
 import lab
 import numpy as np
@@ -31,12 +33,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lab import BLOCK, Flags, Survey
 
 from extsnap.errors import RestoreRefused, StoreProtected, VolumeFull
+from extsnap.snapshot import hidden
 from extsnap.snapshot.volume import Volume
 
 LONG = bool(os.environ.get("EXTSNAP_LONG"))
 SNAPSHOTS_MAX = 6
 #: Every so many steps the dear invariants are looked at.
 THOROUGH = 8
+#: Of needed content that a punch hides: the volume is small.
+HIDE_BYTES = 12 * BLOCK
 GUARD, MARK = (0x465, 0x10), (0x463, 0x80)  # (byte of the image, bit)
 # Half of the writes go to the same few blocks, so that they meet blocks that were copied and restored before.
 PLACES = {"where": st.integers(0, 12) | st.integers(0, 1 << 16), "skip": st.integers(0, BLOCK - 1) | st.just(0)}
@@ -67,8 +72,11 @@ class VolumeMachine(RuleBasedStateMachine):
         self.serving = False
         self.number = 0
         self.steps = 0
+        self.hiding = mock.patch.object(hidden, "HIDE_BYTES", HIDE_BYTES)
+        self.hiding.start()
         self.volume = self.opened()
         self.look = lab.survey(self.base)
+        self.punched = np.zeros(len(self.look.in_use), np.bool_)
 
     def opened(self) -> Volume:
         return Volume(self.device, writable=True, clock=self.clock, random_bytes=self.random.randbytes)
@@ -100,19 +108,36 @@ class VolumeMachine(RuleBasedStateMachine):
             except VolumeFull:
                 event("a write found no room")
             else:
-                self.base[offset : offset + length] = data
+                self.wrote(offset, data)
+
+    def wrote(self, offset: int, data: bytes) -> None:
+        self.base[offset : offset + len(data)] = data
+        self.punched[offset // BLOCK : -(-(offset + len(data)) // BLOCK)] = False
 
     @precondition(lambda self: self.serving)
     @rule(**PLACES, length=LENGTHS)
     def punch(self, where: int, skip: int, length: int) -> None:
         """A punched range reads as zeros."""
-        offset, length = self.range_of_data(where, skip, length)
+        self.discard(*self.range_of_data(where, skip, length))
+
+    @precondition(lambda self: self.serving and self.snapshots)
+    @rule(name=st.sampled_from(lab.NAMES), then=st.sampled_from(["", "write {} n9", "rm n9"]))
+    def remove_and_trim(self, name: str, then: str) -> None:
+        """Snapshots need what was in the file: it is hidden, perhaps written again, perhaps removed for good."""
+        self.change("rm " + name, b"")
+        for start, count in lab.runs(np.flatnonzero(~self.look.in_use)):
+            self.discard(start * BLOCK, min(count * BLOCK, len(self.base) - start * BLOCK))
+        if then:
+            self.change(then, self.random.randbytes(100 * BLOCK))
+
+    def discard(self, offset: int, length: int) -> None:
         try:
             self.volume.punch(offset, length)
         except VolumeFull:
             event("a punch found no room")
         else:
-            self.base[offset : offset + length] = bytes(length)
+            self.wrote(offset, bytes(length))
+            self.punched[-(-offset // BLOCK) : (offset + length) // BLOCK] = True
 
     @precondition(lambda self: self.serving and len(self.look.store))
     @rule(where=st.integers(0, 1 << 16), length=st.integers(1, 3 * BLOCK))
@@ -141,8 +166,11 @@ class VolumeMachine(RuleBasedStateMachine):
             "mkdir": f"mkdir d{which}",
             "rmdir": f"rmdir d{which}",
         }[change]
+        self.change(line, self.random.randbytes(length))
+
+    def change(self, line: str, data: bytes) -> None:
         old = bytes(self.base)
-        new = lab.changed_by_debugfs(old, line, data=self.random.randbytes(length))
+        new = lab.changed_by_debugfs(old, line, data=data)
         if lab.complaint(new):
             return  # debugfs leaves damage behind where it fails: a name that is taken, no space
         written = []
@@ -155,21 +183,39 @@ class VolumeMachine(RuleBasedStateMachine):
             for offset, size in written:  # what was copied already never needs room again
                 self.volume.write(offset, old[offset : offset + size])
         else:
-            self.base[:] = new
+            for offset, size in written:
+                self.wrote(offset, new[offset : offset + size])
             self.look = lab.survey(self.base)
 
     @rule()
     def flush(self) -> None:
-        """What the base reads as is on the medium then, but for superblocks and the store."""
+        """What the base reads as is on the medium then, but for superblocks, the store and what is hidden."""
         self.volume.flush()
-        special = self.look.store_data
+        special = self.look.store_data.copy()
+        special |= self.hidden()
         special[lab.unequal(self.base, self.device.content) & lab.flags(len(special), self.superblocks())] = True
         assert not (lab.unequal(self.base, self.device.content) & ~special).any()
+
+    def hidden(self) -> Flags:
+        if self.volume.store is None:
+            return np.zeros(len(self.look.in_use), np.bool_)
+        runs = self.volume.verb("dump", what="header")["header"]["hidden"]
+        if runs:
+            event("blocks are hidden")
+        flags = lab.flags(len(self.look.in_use), lab.spread(np.array(runs, np.int64).reshape(-1, 2)))
+        assert not (flags & ~self.punched & ~self.look.store_data).any(), "hidden, and nobody punched it"
+        return flags
 
     def superblocks(self) -> np.ndarray:
         return np.array([at // BLOCK for at in self.volume.medium.offsets], np.int64)
 
     # -- commands ----------------------------------------------------------------------------------------
+
+    def loose(self) -> Flags:
+        """Blocks that may show again what they had, now that the image comes to rest: free, and punched before."""
+        flags = self.punched & ~self.look.in_use
+        self.punched[:] = False
+        return flags
 
     def take_over(self, expected: bytes | bytearray, *stores: Flags) -> None:
         """After a command: data, free blocks and the files are as expected; the rest is e2fsck's to judge."""
@@ -245,11 +291,12 @@ class VolumeMachine(RuleBasedStateMachine):
 
     def restore_to(self, name: str, *, undo: bool = False, safety: bool = True) -> None:
         moment, before, held = self.snapshots[name], self.look, bytes(self.base)
+        loose = self.loose()
         try:
             answer = self.volume.verb("restore", **({"undo": True} if undo else {"name": name, "safety": safety}))
         except (VolumeFull, RestoreRefused) as error:
             event(f"a restore ended with {type(error).__name__}")
-            self.take_over(self.base)
+            self.take_over(self.base, loose)
             assert self.look.tree == before.tree
             return
         assert answer["restored"] == name
@@ -257,7 +304,8 @@ class VolumeMachine(RuleBasedStateMachine):
         mask = np.repeat(moment.preserved, BLOCK)
         expected = np.frombuffer(held.ljust(size, b"\0"), np.uint8).copy()
         expected[mask] = np.frombuffer(moment.content.ljust(size, b"\0"), np.uint8)[mask]
-        self.take_over(expected.tobytes()[: len(held)], moment.survey.store_all)
+        loose &= ~moment.preserved[: len(loose)]
+        self.take_over(expected.tobytes()[: len(held)], moment.survey.store_all, loose)
         assert self.look.tree == moment.survey.tree
         if answer["safety"]:
             self.note_from_view(answer["safety"], held, safety=True)
@@ -277,9 +325,19 @@ class VolumeMachine(RuleBasedStateMachine):
     @rule()
     def end_serving(self) -> None:
         """The image comes to rest."""
-        assert self.volume.end_serving()
+        loose, clean = self.loose(), self.volume.end_serving()
         self.serving = False
-        self.take_over(self.base)
+        self.take_over(self.base, loose)
+        self.comes_to_rest(clean)
+
+    def comes_to_rest(self, clean: bool) -> None:
+        """Zeros that found no room for what was there before leave the mark; without snapshots they need none."""
+        if not clean:
+            event("the image kept the mark")
+            assert self.hidden().any()
+            self.volume.verb("delete", names=list(self.snapshots))
+            self.snapshots.clear()
+            self.take_over(self.base)
 
     @rule()
     def reopen(self) -> None:
@@ -294,8 +352,10 @@ class VolumeMachine(RuleBasedStateMachine):
             assert self.free_in_store() == free
         assert not self.volume.outside_write
         assert not self.volume.needs_replay
+        loose = self.loose() if self.serving else np.zeros(len(self.punched), np.bool_)
         self.serving = False
-        self.take_over(self.base)
+        self.take_over(self.base, loose)
+        self.comes_to_rest(at_rest or not self.device.content[MARK[0]] & MARK[1])
 
     def free_in_store(self) -> int:
         store = self.volume.verb("info")["store"]
@@ -353,6 +413,7 @@ class VolumeMachine(RuleBasedStateMachine):
         """At the end the image comes to rest, and all of it is looked at."""
         if not hasattr(self, "volume"):
             return
+        self.hiding.stop()
         if self.serving:
             self.end_serving()
         self.everything(list(self.snapshots))
