@@ -204,8 +204,12 @@ def test_what_ends_with_what(serve: Serve, call_cli: Cli) -> None:
             (program,) = children(serving.process.pid)
             server = json.loads(call_cli("info", image, "--json").stdout)["attached"]["pid"]
             serving.end(signal.SIGKILL, -signal.SIGKILL)
-            assert gone(program)
-            assert gone(server)
+            try:
+                assert gone(program)
+                assert gone(server)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(program, signal.SIGKILL)
         oracle.assert_clean(image)
         call_cli("check", image)
 
