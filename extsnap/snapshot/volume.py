@@ -1102,7 +1102,7 @@ class Volume:
         fs = self.filesystem()
         half = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
         needed = engine.blocks_to_preserve() if engine.snapshots else self.preserved_now().total()
-        edit.grow(self, min(needed + MINIMUM_ROOM + engine.reserve() - store.available, half))
+        edit.grow(self, min(engine.blocks_for(needed) + MINIMUM_ROOM + engine.reserve() - store.available, half))
         if not engine.snapshots:
             self.settle()
 
