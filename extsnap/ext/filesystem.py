@@ -115,9 +115,10 @@ class Filesystem:
         geometry: Sizes and counts as they were at opening.
     """
 
-    def __init__(self, device: ReadableDevice, raw: bytes, *, writable: bool) -> None:
+    def __init__(self, device: ReadableDevice, raw: bytes, *, writable: bool, lenient: bool = False) -> None:
         self.device = device
         self.writable = writable
+        self._lenient = lenient
         self.superblock = codec.parse(Superblock, raw, "superblock", OFFSET)
         self._raw_superblock = raw
         self.geometry = Geometry.of(self.superblock, device.size)
@@ -129,8 +130,11 @@ class Filesystem:
         self._dirty_descriptors: set[int] = set()
 
     @classmethod
-    def open(cls, device: ReadableDevice, *, writable: bool = False) -> Filesystem:
+    def open(cls, device: ReadableDevice, *, writable: bool = False, lenient: bool = False) -> Filesystem:
         """Open and verify superblock and descriptors; everything else is verified when it is read.
+
+        ``lenient`` treats descriptors and bitmaps like those of a filesystem with errors, group by group: of one that
+        somebody is writing to they need not agree on the medium.
 
         Raises:
             NotExtError: No ext superblock.
@@ -146,7 +150,7 @@ class Filesystem:
             raise UnsupportedFeature(
                 "this is an external journal (journal_dev), and no filesystem", hint="name the filesystem's image"
             )
-        fs = cls(device, raw, writable=writable)
+        fs = cls(device, raw, writable=writable, lenient=lenient)
         geometry = fs.geometry
         if geometry.has_metadata_csum and superblock_checksum(raw) != fs.superblock.s_checksum:
             raise FormatError("the checksum is wrong", structure="superblock", field="s_checksum", offset=OFFSET)
@@ -157,10 +161,15 @@ class Filesystem:
         """The group descriptors, verified; of a filesystem with errors, `sound_groups` tells which can be believed."""
         raw = self.read_blocks(self.geometry.descriptor_blocks).tobytes()
         table = GroupTable(self.geometry, self.superblock.s_uuid, raw)
-        if not self.has_errors:
+        if not self._by_group:
             table.verify()
         self._counts_at_open = table.column("bg_free_blocks_count").sum(), table.column("bg_free_inodes_count").sum()
         return table
+
+    @property
+    def _by_group(self) -> bool:
+        """Whether descriptors and bitmaps are believed group by group."""
+        return self._lenient or self.has_errors
 
     @property
     def sound_groups(self) -> npt.NDArray[np.bool_]:
@@ -176,7 +185,7 @@ class Filesystem:
     @property
     def free_blocks(self) -> int:
         """Blocks that can be taken: as the superblock counts them, or with errors those free in sound groups."""
-        if not self.has_errors:
+        if not self._by_group:
             return self.geometry.free_blocks
         return self.geometry.groups * self.geometry.blocks_per_group - self._used().total()
 
@@ -332,7 +341,7 @@ class Filesystem:
         uninitialised, used = self.groups.uninitialised()
         bitmaps.set(used)
         stored = np.setdiff1d(np.arange(geometry.groups), uninitialised)
-        if self.has_errors:
+        if self._by_group:
             self._sound = self.groups.sound()
             stored = stored[self._sound[stored]]
         at = self.groups.column("bg_block_bitmap")
@@ -344,7 +353,7 @@ class Filesystem:
                 rows = expand_clusters(rows, geometry.cluster_blocks)
             bitmaps.put(some, rows)
         bitmaps.set(self._padding)
-        if self.has_errors:
+        if self._by_group:
             self._sound &= self._plausible(bitmaps)
             unsound = np.flatnonzero(~self._sound) * geometry.blocks_per_group
             whole = np.full_like(unsound, geometry.blocks_per_group)
@@ -381,7 +390,7 @@ class Filesystem:
         seed = self.geometry.checksum_seed
         found = np.array([bitmap_checksum(seed, row.data) & mask for row in bitmaps], np.int64)
         bad = np.flatnonzero(found != expected)
-        if self.has_errors:
+        if self._by_group:
             self._sound[which[bad]] = False
         elif len(bad):
             group = int(which[bad[0]])

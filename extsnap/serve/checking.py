@@ -16,7 +16,7 @@ from extsnap.blockdev.image import ImageFile
 from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.owners import owners_of
-from extsnap.serve import moment, remote, tools
+from extsnap.serve import live, moment, remote, tools
 from extsnap.serve.control import ControlClient
 
 
@@ -55,7 +55,9 @@ def report(
             if path:
                 entry.update(affected(path, mine["blocks"]))
         if fsck and served is not None:
-            status, complaints, open_unlinked = moment.judge(path, functools.partial(remote.scratch, *served, name))
+            status, complaints, open_unlinked = moment.judge(
+                path, functools.partial(remote.scratch, *served, name), crash=mine.get("consistency") == "crash"
+            )
             if complaints and mine.get("filesystem_errors"):
                 entry["errors_then"] = complaints  # the volume's then: the snapshot shows them as they were
             else:
@@ -74,6 +76,20 @@ def report(
         "store": store,
         "notices": list(about.get("notices", [])),
     }
+
+
+def served_base(client: ControlClient, directory: str) -> dict[str, Any]:
+    """Judge the base volume of a server, or, where somebody writes to it, a snapshot of it for that time."""
+    base = client.call("server.provision").get("in_use")
+    if base is None:
+        return moment.check_base(os.path.join(directory, "volume"), lambda: remote.scratch(client, directory))
+    try:
+        with live.temporary(client, directory, "check") as made:
+            name, crash = str(made["name"]), made.get("consistency") == "crash"
+            view = os.path.join(directory, "snapshots", name)
+            return moment.check_base(view, functools.partial(remote.scratch, client, directory, name), crash=crash)
+    except (ExtsnapError, OSError) as error:
+        return {"e2fsck": None, "ok": None, "skipped": f"{base} is in use, and {error}"}
 
 
 def note(done: dict[str, Any], found: dict[str, Any], keep: Callable[..., dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +66,15 @@ def is_dead(directory: str) -> bool:
     return False
 
 
-def above(directory: Mount) -> Above:
-    """Look for what stands on a served directory."""
+def above(directory: Mount, files: Collection[str] = ("",)) -> Above:
+    """Look for what stands on a served directory.
+
+    Args:
+        files: Names in it, to look only for what stands on those.
+    """
+    paths = [os.path.join(directory.point, name) if name else directory.point for name in files]
     every = mounting.loops()
-    found = [loop for loop in every if _backed_by(loop, directory)]
+    found = [loop for loop in every if _backed_by(loop, directory, paths)]
     for loop in found:  # grows on the way: loop devices over loop devices
         nodes = {loop.path, *(f"/dev/{name}" for name in _partitions(loop))}
         found += [other for other in every if other.backing in nodes and other not in found]
@@ -79,9 +84,7 @@ def above(directory: Mount) -> Above:
         mount
         for mount in table
         if mount.device in devices
-        or (
-            mount.fstype.startswith("fuse") and mount.fstype != FSTYPE and mounting.under(mount.source, directory.point)
-        )
+        or (_reads_files(mount) and any(mounting.under(mount.source, path) for path in paths))
     ]
     copies = [
         mount
@@ -96,9 +99,10 @@ def _reads_files(mount: Mount) -> bool:
     return mount.fstype.startswith("fuse") and mount.fstype != FSTYPE
 
 
-def _backed_by(loop: Loop, directory: Mount) -> bool:
+def _backed_by(loop: Loop, directory: Mount, paths: Collection[str]) -> bool:
     """Whether a loop device's file is one of the directory's, and not one of the same path that it hides."""
-    if not mounting.under(loop.backing.removesuffix(" (deleted)"), directory.point):
+    backing = loop.backing.removesuffix(" (deleted)")
+    if not any(mounting.under(backing, path) for path in paths):
         return False
     try:
         with open(loop.path, "rb", buffering=0) as device:

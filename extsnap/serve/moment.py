@@ -7,12 +7,13 @@ then is damage.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from extsnap.blockdev.image import ImageFile
-from extsnap.errors import ExtsnapError
+from extsnap.errors import ExtsnapError, FormatError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.orphans import orphans, prepare_release
 from extsnap.serve import tools
@@ -43,15 +44,15 @@ def fsck(path: str) -> tuple[int, list[str]]:
     return done.returncode, complaints or [f"e2fsck ended with status {done.returncode}"]
 
 
-def judge(path: str, layer: Layer) -> tuple[int, list[str], int]:
+def judge(path: str, layer: Layer, *, crash: bool = False) -> tuple[int, list[str], int]:
     """Status and complaints of e2fsck, what the moment left to be done aside, and the files open and unlinked then."""
     status, complaints = fsck(path)
-    return (status and without_work_left(path, layer)) or (status, complaints, 0)
+    return (status and without_work_left(path, layer, crash=crash)) or (status, complaints, 0)
 
 
-def check_base(path: str, layer: Layer) -> dict[str, Any]:
+def check_base(path: str, layer: Layer, *, crash: bool = False) -> dict[str, Any]:
     """What ``check`` tells of the base volume."""
-    status, complaints, open_unlinked = judge(path, layer)
+    status, complaints, open_unlinked = judge(path, layer, crash=crash)
     base: dict[str, Any] = {"e2fsck": status, "ok": status == 0}
     if open_unlinked:
         base["open_unlinked"] = open_unlinked
@@ -60,19 +61,20 @@ def check_base(path: str, layer: Layer) -> dict[str, Any]:
     return base
 
 
-def without_work_left(view: str, layer: Layer) -> tuple[int, list[str], int] | None:
+def without_work_left(view: str, layer: Layer, *, crash: bool = False) -> tuple[int, list[str], int] | None:
     """Judge a view of which ``e2fsck -fn`` complained as it is after the work that its moment left.
 
     Args:
         view: Path of the view.
         layer: Makes a layer over it.
+        crash: Somebody was writing to it: without a journal what e2fsck mends by itself is such work as well.
 
     Returns:
         The status and complaints afterwards, and the number of files that were open and unlinked; None if there
         was no such work or it could not be done: then the first verdict counts.
     """
     try:
-        count, needs_replay = _work_left(view)
+        count, needs_replay = _work_left(view, crash)
         if not count and not needs_replay:
             return None
         with layer() as scratch:
@@ -88,8 +90,8 @@ def without_work_left(view: str, layer: Layer) -> tuple[int, list[str], int] | N
         return None
 
 
-def _work_left(view: str) -> tuple[int, bool]:
-    """(files open and unlinked, whether there is a journal to replay).
+def _work_left(view: str, crash: bool) -> tuple[int, bool]:
+    """(files open and unlinked, as far as they are known before a replay; whether e2fsck has to replay or mend).
 
     Raises:
         ExtsnapError: The view is damaged where this is told.
@@ -97,7 +99,11 @@ def _work_left(view: str) -> tuple[int, bool]:
     image = ImageFile(view)
     try:
         fs = Filesystem.open(image)
-        return len(orphans(fs)), fs.needs_recovery
+        if fs.needs_recovery or (crash and not fs.is_clean):
+            with contextlib.suppress(FormatError):
+                return len(orphans(fs)), True
+            return 0, True
+        return len(orphans(fs)), False
     finally:
         image.close()
 

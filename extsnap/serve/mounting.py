@@ -14,7 +14,8 @@ import re
 import socket
 import stat
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from extsnap.errors import ServerError, ToolError, VolumeBusy
@@ -55,11 +56,11 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
-def mounts() -> list[Mount]:
-    """All mounts of this mount namespace, in the order they were made."""
+def mounts(process: str = "self") -> list[Mount]:
+    """All mounts of a process's mount namespace, in the order they were made."""
     found = []
     # latin-1 keeps bytes as they are through the octal escapes; fsdecode gives the path back.
-    for line in Path("/proc/self/mountinfo").read_text(encoding="latin-1").splitlines():
+    for line in Path(f"/proc/{process}/mountinfo").read_text(encoding="latin-1").splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         if len(fields) < 5 or len(kind) < 2:
@@ -67,6 +68,21 @@ def mounts() -> list[Mount]:
         point, source = (os.fsdecode(_unescape(text).encode("latin-1")) for text in (fields[4], kind[1]))
         found.append(Mount(fields[2], point, kind[0], source, int(fields[0]), int(fields[1])))
     return found
+
+
+def mounts_elsewhere() -> Iterator[Mount]:
+    """Mounts of the other mount namespaces that we may look into; their points are paths that lead there from here."""
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            namespace = os.readlink(f"/proc/{process}/ns/mnt")
+            if namespace in seen:
+                continue
+            table = mounts(process)
+        except OSError:  # gone, or somebody else's
+            continue
+        seen.add(namespace)
+        yield from (replace(mount, point=f"/proc/{process}/root{mount.point}") for mount in table)
 
 
 def mount_at(directory: str) -> Mount | None:

@@ -135,6 +135,10 @@ class Server:
         self._old_wakeup = -1
         self.logged = False
         self._said: list[str] = []
+        self._turn: control.Connection | None = None  # who is about to take a snapshot
+        self._turns: deque[control.Connection] = deque()
+        self._temporary: dict[str, control.Connection] = {}  # snapshots that go when their client hangs up
+        self._left_over: set[str] = set()  # those of clients that did
 
     # ---- what the volume asks
 
@@ -143,6 +147,10 @@ class Server:
         self.log(f"{SAID}{message}")
         if len(self._said) < _MOST_SAID:
             self._said.append(message)
+
+    def in_use(self) -> bool:
+        """Whether somebody has the base volume open for writing."""
+        return self._files is not None and self._files.volume_write_opens > 0
 
     def open_views(self) -> list[str]:
         """Names of the snapshots whose file is open."""
@@ -309,18 +317,21 @@ class Server:
                 self._make_place()
             if self._waiting:
                 self._look_after_waiting()
-            if self._ending_soon and not (self._over or self._keeper_holds() or self._in_use()):
+            if self._left_over:
+                self._clear_left_over()
+            if self._ending_soon and not (self._over or self._keeper_holds() or self._has_users()):
                 self._try_to_end()
 
     def _timeout(self) -> int | None:
         if self._asked:
             return 0
-        return 50 if self._waiting or (not self._listening and self._listener is not None) else None
+        looking = self._waiting or self._left_over or (not self._listening and self._listener is not None)
+        return 50 if looking else None
 
     def _keeper_holds(self) -> bool:
         return self._keeper is not None
 
-    def _in_use(self) -> bool:
+    def _has_users(self) -> bool:
         """Whether a file is open, or about to be by whoever asked for it."""
         assert self._files is not None
         return bool(self._files.total_opens or self._scratches)
@@ -346,7 +357,7 @@ class Server:
             if number not in _SIGNALS or self._over:
                 continue
             name = signal.Signals(number).name
-            if self._signal_seen and self._in_use():
+            if self._signal_seen and self._has_users():
                 self.log(f"{name} again: ending although files are open")
                 with contextlib.suppress(Exception):
                     assert self._volume is not None
@@ -356,7 +367,7 @@ class Server:
             self._signal_seen = self._ending_soon = True
             if self._keeper is not None:
                 self._drop(self._keeper)
-            if self._in_use():
+            if self._has_users():
                 self.log(f"{name}: ending as soon as nobody has a file open")
 
     def _accept(self) -> None:
@@ -425,6 +436,10 @@ class Server:
         for owner, file in list(self._scratches):
             if owner is client:
                 self._drop_scratch(owner, file)
+        self._left_over |= {name for name, owner in self._temporary.items() if owner is client}
+        with contextlib.suppress(ValueError):
+            self._turns.remove(client)
+        self._end_turn(client)
         if client is self._keeper:
             self._keeper = None
             if self._recovering:  # the starter died while it replayed the journal, or gave up
@@ -505,6 +520,8 @@ class Server:
             "server.recovered": self._recovered,
             "server.scratch": lambda name="": self._make_scratch(client, str(name)),
             "server.unscratch": lambda file: self._drop_scratch(client, str(file)),
+            "server.provision": lambda alone=False: self._provision(client, bool(alone)),
+            "server.temporary": lambda name: self._note_temporary(client, str(name)),
         }
         if verb in own:
             return own[verb](**arguments)
@@ -515,6 +532,56 @@ class Server:
             return self._volume.verb(verb, **arguments)
         finally:
             self._files.snapshots_changed()
+            if verb == "create":
+                self._end_turn(client)
+
+    # ---- snapshots of a volume in use
+
+    def _provision(self, client: control.Connection, alone: bool) -> dict[str, Any] | None:
+        """Give a client the turn to take a snapshot, until it has done so or hangs up; answered when it has it.
+
+        ``in_use`` is the file that others have open for writing, or None; with ``alone`` that is refused.
+        """
+        assert self._files is not None
+        if alone and self._files.volume_opens:
+            raise self._busy([self._files.base_name], "this needs the volume for itself", "unmount or close it first")
+        if self._turn is not None and self._turn is not client:
+            self._turns.append(client)
+            return None
+        self._turn = client
+        return {"in_use": self._files.base_name if self.in_use() else None}
+
+    def _end_turn(self, client: control.Connection) -> None:
+        """The next one has the turn now."""
+        if self._turn is not client:
+            return
+        self._turn = None
+        while self._turns and self._turn is None:
+            following = self._turns.popleft()
+            result = self._provision(following, False)
+            if result is not None:
+                following.answer(result)
+                self._watch(following)
+
+    def _note_temporary(self, client: control.Connection, name: str) -> dict[str, Any]:
+        """A snapshot that this client is about to take is to go with it."""
+        self._temporary[name] = client
+        return {}
+
+    def _clear_left_over(self) -> None:
+        """Delete the temporary snapshots of clients that hung up, as soon as nobody reads them."""
+        assert self._volume is not None
+        assert self._files is not None
+        there, read = set(self._volume.snapshot_names()), set(self._files.open_views())
+        for name in sorted(self._left_over - (there & read)):
+            self._left_over.discard(name)
+            self._temporary.pop(name, None)
+            if name in there:
+                try:
+                    self._volume.verb("delete", names=[name])
+                except (ExtsnapError, OSError) as error:
+                    self.say(f"temporary snapshot {name!a} stays: {error}")
+                self._files.snapshots_changed()
 
     def _permit(self, verb: str, arguments: dict[str, Any]) -> None:
         """Refuse what the files that are open forbid."""
@@ -523,8 +590,6 @@ class Server:
         files = self._files
         if verb in ("restore", "strip") and files.volume_opens:
             raise self._busy([files.base_name], f"{verb} needs the volume for itself", "unmount or close it first")
-        if verb == "create" and files.volume_write_opens:
-            raise self._busy([files.base_name], "snapshots of a mounted volume are not supported yet", "unmount first")
         if verb not in ("strip", "delete") or not files.open_views():
             return
         names = set(self._volume.snapshot_names())
@@ -558,7 +623,7 @@ class Server:
 
     def _detach(self, client: control.Connection, force: bool) -> None:
         assert self._files is not None
-        if self._in_use() and not force:
+        if self._has_users() and not force:
             raise self._busy([], f"{self.config.image} is served", self._or_force("unmount or close it first"))
         self._waiting.append((client, "", float("inf")))
         if not self._end(force=force):
@@ -578,7 +643,7 @@ class Server:
             client, file, deadline = item
             if not file or (self._files.opens_of(file) and now < deadline):
                 continue
-            if self._ending_soon and not self._in_use():
+            if self._ending_soon and not self._has_users():
                 continue  # answered at the end, which is about to come
             self._waiting.remove(item)
             try:
@@ -680,6 +745,9 @@ class Server:
             try:
                 if self._begun:
                     self._volume.flush()
+                    self._left_over |= self._temporary.keys()
+                    if self._files is not None:
+                        self._clear_left_over()
                     clean = bool(self._volume.end_serving())
             except Exception as error:
                 failure = failure or error

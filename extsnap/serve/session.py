@@ -33,7 +33,7 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import checking, clearing, commands, control, moment, mounting, nbd, remote, tools
+from extsnap.serve import checking, clearing, commands, control, live, moment, mounting, nbd, remote, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
 from extsnap.serve.private import CLOSE_PATIENCE, Private, pass_on, pidfd, wait_gone
@@ -74,9 +74,12 @@ class Session:
 
         ``info`` gets its ``attached`` here: only this side knows.
         """
-        if self._client is not None and verb == "export":
+        if self._client is not None and verb in ("create", "export"):
             directory = str(self._client.call("server.hello")["directory"])
-            result = remote.export(self._client, self.image, directory, **arguments)
+            if verb == "create":
+                result = live.create(self._client, directory, **arguments)
+            else:
+                result = remote.export(self._client, self.image, directory, **arguments)
         elif self._client is not None:
             result = self._client.call(verb, **arguments)
         elif self._volume is not None:
@@ -754,7 +757,8 @@ def _run_on(
     """Run a command on the served volume; returns its status, and what was refused of its writes."""
     snapshot = ""
     if atomic:
-        snapshot = str(client.call("create", kind="atomic", patience=CLOSE_PATIENCE)["name"])
+        client.call("server.provision", alone=True, patience=CLOSE_PATIENCE)
+        snapshot = str(client.call("create", kind="atomic")["name"])
     before = client.call("server.hello")
     ran, status, refusal = True, -1, ""  # an error between here and the end of the command is a failed command
     try:
@@ -809,7 +813,8 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
 
     Returns:
         The object of ``check --json``.  ``e2fsck`` is None where it was not run: for views with ``quick``, and
-        for a mounted base volume (whose ``ok`` is then None, with a ``skipped`` that says why).
+        for a base volume in use of which no snapshot could be taken (whose ``ok`` is then None, with a ``skipped``
+        that says why).
 
     Raises:
         SnapshotNotFound: A name that is none.
@@ -821,11 +826,7 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
         client, hello = served
         with client:
             found = checking.selected(remote.check(client, list(names)), names)
-            volume = os.path.join(hello["directory"], "volume")
-            users = mounting.users_of(volume) + mounting.users_of(os.path.join(hello["directory"], "disk"))
-            base = {"e2fsck": None, "ok": None, "skipped": "; ".join(users)}
-            if not users:
-                base = moment.check_base(volume, lambda: remote.scratch(client, hello["directory"]))
+            base = checking.served_base(client, hello["directory"])
             done = checking.report(found, base, (client, hello["directory"]), client.call("info"), fsck=not quick)
             checking.note(done, found, lambda **states: client.call("note_check", **states))
             return done

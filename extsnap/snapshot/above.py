@@ -11,6 +11,9 @@ class Above(Protocol):
     def say(self, message: str) -> None:
         """Tell whoever looks after the server one line."""
 
+    def in_use(self) -> bool:
+        """Whether somebody writes to the base volume: then only they edit its filesystem."""
+
     def open_views(self) -> list[str]:
         """Names of the snapshots that somebody reads."""
 

@@ -53,6 +53,7 @@ def set_up(volume: Volume) -> None:
     Raises:
         VolumeFull: No room; nothing was written.
     """
+    volume.require_unused()
     overlay = Overlay(volume.medium, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
     if volume.stale is not None:
@@ -260,6 +261,7 @@ def remove(volume: Volume) -> None:
 
 def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None:
     """Steps 2 and 3, after making sure that step 4 cannot lack room."""
+    volume.require_unused()
     engine, store = volume.require_engine(), volume.require_store()
     redo = _build_redo(changes)
     positions = np.array(sorted(changes), np.int64) + engine.shift

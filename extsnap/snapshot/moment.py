@@ -8,6 +8,7 @@ import numpy as np
 
 from extsnap.arrays import Ints
 from extsnap.errors import NeedsRecovery, VolumeDirty
+from extsnap.ext.crash import used_after_crash
 from extsnap.ext.filesystem import Filesystem
 from extsnap.sparsebits import SparseBits, parts
 
@@ -22,6 +23,11 @@ def left_undone(fs: Filesystem) -> str:
     if not fs.is_clean and not fs.has_errors:
         return "was not cleanly unmounted"
     return ""
+
+
+def is_at_rest(fs: Filesystem) -> bool:
+    """Whether nothing is left to replay, as in a filesystem that is frozen; without a journal it is taken on trust."""
+    return not fs.needs_recovery and (fs.journal is None or fs.journal.is_empty)
 
 
 def how_to_repair(name: str) -> str:
@@ -46,10 +52,11 @@ def require_clean(fs: Filesystem, name: str) -> None:
         raise kind(f"{name} {undone}", hint=how_to_repair(name))
 
 
-def in_use(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int) -> SparseBits:
+def in_use(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, *, crash: bool = False) -> SparseBits:
     """Used blocks by ext's bitmaps, and those that no bitmap covers; arguments as of `preserved`."""
     geometry = fs.geometry
-    bits = fs.block_bitmaps().reshaped(rows, row_bytes, 1 if shift else 0)
+    found = used_after_crash(fs) if crash else fs.block_bitmaps()
+    bits = found.reshaped(rows, row_bytes, 1 if shift else 0)
     bits.set(np.array([[shift, geometry.first_data_block]], np.int64))
     end = rows * row_bytes * 8
     bits.set(np.array([[geometry.blocks_count + shift, end - geometry.blocks_count - shift]], np.int64))
@@ -57,23 +64,29 @@ def in_use(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int) -
     return bits
 
 
-def preserved(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints) -> SparseBits:
+def preserved(
+    fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, owned: Ints, *, crash: bool = False
+) -> SparseBits:
     """What a snapshot taken now preserves, in ``rows`` of ``row_bytes``, by position (block + shift).
 
     Used blocks by ext's bitmaps, the blocks that no bitmap covers (before s_first_data_block, past
     s_blocks_count), and the store's mapping blocks; without the store's data, the data of an empty journal,
     and inode-table blocks that the descriptors call unused.
 
+    After a ``crash`` (a filesystem that is written to and was not brought to rest) a block is used if it is by the
+    bitmaps or once the journal is replayed, and nothing is taken for unused; where that cannot be told, all are used.
+
     Args:
-        fs: The clean filesystem.
+        fs: The filesystem: clean, frozen, or with ``crash`` opened leniently.
         rows, row_bytes, shift: Layout of group rows (see `history`).
         blocks: Blocks of the device, a ragged last one included.
         owned: Physical runs (start, length) of the store's data.
     """
-    bits = in_use(fs, rows, row_bytes, shift, blocks)
+    bits = in_use(fs, rows, row_bytes, shift, blocks, crash=crash)
     move = np.array([shift, 0], np.int64)
     bits.set(owned + move, False)
-    bits.set(fs.inode_table_unused() + move, False)
+    if not crash:
+        bits.set(fs.inode_table_unused() + move, False)
     journal = fs.journal
     if journal is not None and journal.is_empty:
         bits.set(journal.data_runs + move, False)

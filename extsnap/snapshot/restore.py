@@ -84,7 +84,6 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
                 _safety_name(volume, target, created),
                 f"before restoring {name}",
                 fmt.Kind.SAFETY,
-                fmt.Consistency.CLEAN,
                 created,
                 restored_from=name,
             )

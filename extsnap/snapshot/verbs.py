@@ -135,15 +135,21 @@ def create(
     quiesced: bool = False,
     kind: str = "manual",
 ) -> dict[str, Any]:
-    """Take a snapshot.  ``freeze`` and ``quiesced`` matter to a mounted volume; one at rest is clean anyway."""
+    """Take a snapshot.
+
+    Whoever freezes the volume first says so with ``quiesced``; ``freeze`` is his.  One at rest is clean anyway.
+    """
     first = not volume.snapshot_list()
-    handle = volume.create(name, message, kind=fmt.Kind[kind.upper()])
+    handle = volume.create(name, message, kind=fmt.Kind[kind.upper()], quiesced=quiesced)
     notices = []
-    fs = volume.filesystem()
+    if quiesced and handle.info.consistency == fmt.Consistency.CRASH:
+        notices.append(f"{volume.name} was not at rest: its journal has work left, and the snapshot is one of a crash")
+    fs = volume.filesystem(lenient=volume.in_use)
     if fs.has_errors:
         notices.append(_errors_notice(volume, ", and the snapshot is recorded as such"))
     if first:
         more, largest = growth(volume)
+        more = 0 if volume.in_use else more
         room = (volume.require_engine().room() + more) * volume.block_size
         if volume.guard_wanted:
             notices.append(
@@ -159,7 +165,14 @@ def create(
         elif room < volume.size // 20:
             text += f"; grow the volume with extsnap run {volume.name} -- resize2fs {{}} SIZE"
         notices.append(text)
-    return {"version": JSON_VERSION, "name": handle.name, "id": handle.id, "notices": notices}
+    consistency = handle.info.consistency.name.lower()
+    return {
+        "version": JSON_VERSION,
+        "name": handle.name,
+        "id": handle.id,
+        "consistency": consistency,
+        "notices": notices,
+    }
 
 
 def checksum(volume: Volume, name: str) -> dict[str, Any]:
@@ -469,6 +482,7 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False, c
                 "proven": entry.name in findings.proven,
                 "state": entry.state.name.lower(),
                 "filesystem_errors": bool(entry.flags & with_errors),
+                "consistency": entry.consistency.name.lower(),
             }
             for entry in ([volume.find(name) for name in names] if names else volume.snapshot_list())
         ],

@@ -58,7 +58,15 @@ from extsnap.snapshot.check import note
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.full import fill, make_room, warning
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
-from extsnap.snapshot.moment import fingerprint, how_to_repair, in_use, left_undone, preserved, require_clean
+from extsnap.snapshot.moment import (
+    fingerprint,
+    how_to_repair,
+    in_use,
+    is_at_rest,
+    left_undone,
+    preserved,
+    require_clean,
+)
 from extsnap.snapshot.settings import note_dropped
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.view import View, ViewFile
@@ -487,9 +495,26 @@ class Volume:
             return self._repair
         return self.engine if self.engine is not None else self.medium
 
-    def filesystem(self) -> Filesystem:
-        """The base volume's filesystem as it is now; held writes are seen."""
-        return Filesystem.open(self.base)
+    def filesystem(self, *, lenient: bool = False) -> Filesystem:
+        """The base volume's filesystem as it is now; held writes are seen.  ``lenient``: as `Filesystem.open`."""
+        return Filesystem.open(self.base, lenient=lenient)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody above writes to the served volume: then its filesystem is theirs alone to edit."""
+        return self.serving and self.above is not None and self.above.in_use()
+
+    def require_unused(self) -> None:
+        """Refuse to edit a filesystem that somebody else has in memory.
+
+        Raises:
+            VolumeBusy: It is in use.
+        """
+        if self.in_use:
+            raise VolumeBusy(
+                f"{self.name} is in use, and its filesystem cannot be changed underneath",
+                hint="unmount or close it first",
+            )
 
     @property
     def guard_wanted(self) -> bool:
@@ -665,12 +690,17 @@ class Volume:
         message: str = "",
         *,
         kind: fmt.Kind = fmt.Kind.MANUAL,
-        consistency: fmt.Consistency = fmt.Consistency.CLEAN,
+        quiesced: bool = False,
     ) -> SnapshotHandle:
         """Take a snapshot of the base volume as it is.
 
         Durable on return.  A crash before the header commit leaves no snapshot, after it a whole one.  Of a
         filesystem marked with errors it is recorded as such; groups whose bitmaps do not verify are preserved whole.
+
+        A volume that somebody writes to gets the consistency ``frozen`` if they were brought to rest (``quiesced``)
+        and its journal agrees, else ``crash``: what a power cut would leave.  Its filesystem is not edited, so the
+        store must have the room, and the mark goes on before the commit, not after it: between the two a crash
+        would leave a snapshot that a stock replay could write to.
 
         Raises:
             SnapshotExists, InvalidName: The name cannot be used.
@@ -683,16 +713,26 @@ class Volume:
             raise SnapshotExists(f"{self.name} has a snapshot {chosen!a} already", hint="choose another name")
         if self.engine is not None:
             self.engine.flush()
-        fs = self.filesystem()
+        in_use = self.in_use
+        fs = self.filesystem(lenient=in_use)
         fs.require_supported()
-        require_clean(fs, self.name)
+        consistency = fmt.Consistency.CLEAN
+        if not in_use:
+            require_clean(fs, self.name)
+        elif quiesced and is_at_rest(fs):
+            consistency = fmt.Consistency.FROZEN
+        else:
+            consistency = fmt.Consistency.CRASH
         try:
             if self.store is None:
                 edit.set_up(self)
-            self.make_room_for_snapshot()
-            entry = self.stage_snapshot(chosen, message, kind, consistency, created)
+            bits = self.make_room_for_snapshot(consistency=consistency)
+            entry = self.stage_snapshot(chosen, message, kind, created, consistency=consistency, bits=bits)
+            if in_use:
+                self.set_mark(True)
+                self.require_store().root.flags |= fmt.SlotFlags.OPEN
             self.commit_snapshot()
-            if self.serving:
+            if self.serving and not in_use:
                 self._grow_ahead()
             self.settle()
         except (ExtsnapError, OSError) as error:
@@ -731,23 +771,27 @@ class Volume:
             name = f"{base}-{number}"
         return name
 
-    def preserved_now(self) -> SparseBits:
+    def preserved_now(self, consistency: fmt.Consistency = fmt.Consistency.CLEAN) -> SparseBits:
         """What a snapshot taken now would preserve, by position."""
         engine, store = self.require_engine(), self.require_store()
-        fs = self.filesystem()
+        crash = consistency == fmt.Consistency.CRASH
+        fs = self.filesystem(lenient=crash)
         owned = store.root.extents[:, 1:]
-        return preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned)
+        return preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned, crash=crash)
 
-    def snapshot_blocks(self) -> int:
-        """Blocks that the tables of a snapshot taken now would take."""
+    def snapshot_blocks(self, bits: SparseBits | None = None) -> int:
+        """Blocks that the tables of a snapshot taken now would take, which preserves ``bits``."""
         engine, store = self.require_engine(), self.require_store()
-        bits = self.preserved_now()
+        bits = self.preserved_now() if bits is None else bits
         rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
         entry = fmt.HISTORY_DTYPE.itemsize + fmt.HISTORY_TWIN_DTYPE.itemsize
         return 2 * len(stored) + len(rows) * entry * 4 // self.block_size + 2 * hidden.zero_blocks(engine, bits)
 
-    def make_room_for_snapshot(self, extra: int = 0) -> None:
-        """See that the store has room for one more snapshot and ``extra`` copies, growing it where needed.
+    def make_room_for_snapshot(self, *, consistency: fmt.Consistency = fmt.Consistency.CLEAN) -> SparseBits:
+        """See that the store has room for one more snapshot, growing it where needed and possible.
+
+        Returns:
+            What the snapshot preserves, by position.
 
         Raises:
             VolumeFull: It cannot be had.
@@ -756,11 +800,12 @@ class Volume:
         while True:
             for _ in range(4):
                 engine.flush()
-                tables = self.snapshot_blocks() + MINIMUM_ROOM + extra
+                bits = self.preserved_now(consistency)
+                tables = self.snapshot_blocks(bits) + MINIMUM_ROOM
                 wanted = engine.reserve() + tables
                 if store.available >= wanted:
-                    return
-                if not edit.grow(self, max(wanted - store.available + 32, 64)):
+                    return bits
+                if self.in_use or not edit.grow(self, max(wanted - store.available + 32, 64)):
                     break
             limit = self.store_limit()
             refusal = VolumeFull(
@@ -780,13 +825,15 @@ class Volume:
         name: str,
         message: str,
         kind: fmt.Kind,
-        consistency: fmt.Consistency,
         created: int,
+        *,
+        consistency: fmt.Consistency = fmt.Consistency.CLEAN,
+        bits: SparseBits | None = None,
         restored_from: str = "",
     ) -> fmt.Snapshot:
-        """Write everything of a new snapshot but the header commit that makes it true."""
+        """Write everything of a new snapshot, which preserves ``bits``, but the header commit that makes it true."""
         engine, store = self.require_engine(), self.require_store()
-        bits = self.preserved_now()
+        bits = self.preserved_now(consistency) if bits is None else bits
         errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS if self.filesystem().has_errors else fmt.SnapshotFlags.NONE
         rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
         refs = np.concatenate(store.allocate_pair(len(stored)))

@@ -97,6 +97,9 @@ class Life:
     def say(self, message: str) -> None:
         self.said.append(message)
 
+    def in_use(self) -> bool:
+        return False
+
     def open_views(self) -> list[str]:
         return self.opened
 

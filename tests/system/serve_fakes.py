@@ -117,7 +117,9 @@ class FakeVolume:
     def verb(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         return dict(getattr(self, f"_verb_{name}")(**arguments))
 
-    def _verb_create(self, name: str = "", kind: str = "manual", message: str = "") -> dict[str, Any]:
+    def _verb_create(
+        self, name: str = "", kind: str = "manual", message: str = "", quiesced: bool = False
+    ) -> dict[str, Any]:
         name = name or f"auto-{self._state['next']}"
         if name in self._state["snapshots"]:
             raise SnapshotExists(f"snapshot {name} exists", hint="choose another name")

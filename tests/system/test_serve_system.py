@@ -347,9 +347,9 @@ def test_what_open_files_forbid(place: Place) -> None:
             with pytest.raises(VolumeBusy, match=f"pid {os.getpid()}"):
                 commands.call("restore", name="one")
         with place.volume.open("r+b"):
-            for verb in ("create", "restore"):
-                with pytest.raises(VolumeBusy, match=f"pid {os.getpid()}"):
-                    commands.call(verb, name="one")
+            commands.call("create", name="while-written")
+            with pytest.raises(VolumeBusy, match=f"pid {os.getpid()}"):
+                commands.call("restore", name="one")
         with (place.served / "snapshots" / "one").open("rb"):
             with pytest.raises(VolumeBusy, match="snapshot one is open"):
                 commands.call("delete", names=["one"])
@@ -556,8 +556,11 @@ def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
         served = commands.served
         assert served is not None
         assert served["mounts"] == [str(mnt)]
-        with pytest.raises(VolumeBusy, match=f"not supported yet.*mounted at {mnt}.*unmount first"):
-            commands.call("create", name="live")
+        commands.call("create", name="live")
+        for verb, arguments in (("restore", {"name": "live"}), ("strip", {})):
+            with pytest.raises(VolumeBusy, match=f"needs the volume for itself.*mounted at {mnt}.*unmount"):
+                commands.call(verb, **arguments)
+        commands.call("delete", names=["live"])
     sums = {name: sha(mnt / name) for name in [*content, "scattered"]}
     session.umount(str(mnt))
     assert not alive(pid)
@@ -731,11 +734,19 @@ def test_check(place: Place) -> None:
     assert served == report
     sh("mount", "-o", "loop", str(place.volume), str(place.mnt))
     mounted = session.check(image, ["good"])
-    assert mounted["base"]["e2fsck"] is None
-    assert str(place.mnt) in mounted["base"]["skipped"]
+    assert mounted["base"] == {"e2fsck": 0, "ok": True}
     assert mounted["ok"] is True
+    assert [call for call in place.calls() if "check-" in call][-2:] == [
+        f"create {name}" if made else f"delete {name}" for name, made in _checked(place)
+    ]
     sh("umount", str(place.mnt))
     place.detach()
+
+
+def _checked(place: Place) -> list[tuple[str, bool]]:
+    """The temporary snapshot of the last check of a mounted volume, made and deleted."""
+    name = [call for call in place.calls() if call.startswith("create check-")][-1].removeprefix("create ")
+    return [(name, True), (name, False)]
 
 
 def test_check_tells_orphans_and_journals_from_damage(place: Place) -> None:

@@ -164,6 +164,9 @@ class Listener:
     def say(self, message: str) -> None:
         self.said.append(message)
 
+    def in_use(self) -> bool:
+        return False
+
     def open_views(self) -> list[str]:
         return self.opened
 
