@@ -141,7 +141,7 @@ def the_whole_line(name: str, run_cli: Cli, scratch: Path) -> None:
         mount.mkdir()
         run_cli("mount", image, mount)
         try:
-            refused = run_cli("create", image, "no", status=1)
+            refused = run_cli("restore", image, "one", status=1)
             assert "mounted" in refused.stderr
             kernel_changes(mount, "second", rng, 10 << 20)
         finally:

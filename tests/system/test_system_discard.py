@@ -168,9 +168,8 @@ def test_zeros_that_were_written_are_zeros_at_rest(run_cli: Cli) -> None:
         assert_view(run_cli, image, "one", copy, directory)
 
 
-@pytest.mark.skipif(not LONG, reason="EXTSNAP_LONG is not set: the kernel takes its time")
-@pytest.mark.system
-def test_inode_tables_are_initialised_lazily(run_cli: Cli) -> None:
+@pytest.mark.parametrize("kernel", [True] if LONG else [])  # the kernel takes its time
+def test_inode_tables_are_initialised_lazily(kernel: bool, run_cli: Cli) -> None:
     """The kernel's own thread zeroes them: they are zeros at rest, and the snapshot is as it was."""
     rng = random.Random(5)
     with arena() as top:
