@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -42,6 +43,7 @@ class Deferred(Scratch):
         self._target = device
         self._blocks = (self.size + block_size - 1) // block_size
         self._log: BinaryIO = tempfile.TemporaryFile(prefix="extsnap-deferred-")  # noqa: SIM115
+        weakref.finalize(self, self._log.close)  # a volume that is given up after an error is not always closed
         self._barrier = True  # a barrier would add nothing
         self._broken = False  # a write is missing here: nothing may be let through
 
