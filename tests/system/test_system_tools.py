@@ -12,7 +12,7 @@ from pathlib import Path
 import disks
 import oracle
 import pytest
-from arena import arena, make_volume, sync
+from arena import arena, make_volume
 
 import extsnap
 from extsnap.snapshot.volume import Volume
