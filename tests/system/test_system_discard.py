@@ -168,27 +168,28 @@ def test_zeros_that_were_written_are_zeros_at_rest(run_cli: Cli) -> None:
         assert_view(run_cli, image, "one", copy, directory)
 
 
-@pytest.mark.parametrize("kernel", [True] if LONG else [])  # the kernel takes its time
-def test_inode_tables_are_initialised_lazily(kernel: bool, run_cli: Cli) -> None:
-    """The kernel's own thread zeroes them: they are zeros at rest, and the snapshot is as it was."""
-    rng = random.Random(5)
-    with arena() as top:
-        image = lazy_volume(top / "disk.img", rng, {"file": b"content" * 100_000})
-        run_cli("create", image, "one")
-        copy = oracle.copy_image(image, top / "copy.img")
-        mount = top / "mount"
-        with mounted(run_cli, image, mount) as loop:
-            deadline = time.monotonic() + 180
-            while zeroed(loop)[0] < zeroed(loop)[1]:
-                assert time.monotonic() < deadline, "the kernel does not come to an end"
-                time.sleep(0.2)
-                subprocess.run(["sync", "--file-system", mount], check=True)
-            for number in range(200):
-                (mount / f"n{number}").write_bytes(b"new")
-        oracle.assert_clean(image)
-        assert zeroed(image)[0] == zeroed(image)[1]
-        assert_tables_are_zeros(image)
-        assert_view(run_cli, image, "one", copy, top / "served")
+if LONG:  # the kernel takes its time
+
+    def test_inode_tables_are_initialised_lazily(run_cli: Cli) -> None:
+        """The kernel's own thread zeroes them: they are zeros at rest, and the snapshot is as it was."""
+        rng = random.Random(5)
+        with arena() as top:
+            image = lazy_volume(top / "disk.img", rng, {"file": b"content" * 100_000})
+            run_cli("create", image, "one")
+            copy = oracle.copy_image(image, top / "copy.img")
+            mount = top / "mount"
+            with mounted(run_cli, image, mount) as loop:
+                deadline = time.monotonic() + 180
+                while zeroed(loop)[0] < zeroed(loop)[1]:
+                    assert time.monotonic() < deadline, "the kernel does not come to an end"
+                    time.sleep(0.2)
+                    subprocess.run(["sync", "--file-system", mount], check=True)
+                for number in range(200):
+                    (mount / f"n{number}").write_bytes(b"new")
+            oracle.assert_clean(image)
+            assert zeroed(image)[0] == zeroed(image)[1]
+            assert_tables_are_zeros(image)
+            assert_view(run_cli, image, "one", copy, top / "served")
 
 
 def groups_of(image: str | Path) -> list[str]:
