@@ -14,9 +14,9 @@ import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from extsnap.blockdev.locks import lock_holder, write_locks
 from extsnap.errors import VolumeBusy
@@ -29,6 +29,7 @@ _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO = struct.Struct("<QQQQQ192x")
 OUR_FILESYSTEM = b"fuse.extsnap"
 
+T = TypeVar("T")
 #: ("file", st_dev, st_ino) or ("device", major, minor).
 Key = tuple[str, int, int]
 
@@ -141,8 +142,12 @@ def _unescaped(name: bytes) -> bytes:
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), name)
 
 
-def _foreign_mounts() -> Iterator[tuple[int, _Mount]]:
-    """(a process there, mount) of every other mount namespace that we may look into."""
+def in_other_namespaces(read: Callable[[str], list[T]]) -> Iterator[tuple[int, T]]:
+    """(a process there, mount) of every other mount namespace that we may look into.
+
+    Args:
+        read: The mounts that a process sees.
+    """
     try:
         seen = {os.readlink("/proc/self/ns/mnt")}
     except OSError:
@@ -152,7 +157,7 @@ def _foreign_mounts() -> Iterator[tuple[int, _Mount]]:
             namespace = os.readlink(f"/proc/{process}/ns/mnt")
             if namespace in seen:
                 continue
-            table = _mount_table(process)
+            table = read(process)
         except OSError:  # gone, or somebody else's
             continue
         seen.add(namespace)
@@ -369,7 +374,7 @@ class _Stack:
 
     def look_elsewhere(self) -> None:
         """Note the mounts of other namespaces, of devices that are not mounted in ours."""
-        for process, mount in _foreign_mounts():
+        for process, mount in in_other_namespaces(_mount_table):
             key: Key = ("device", *mount.device)
             if mount.device[0] and key not in self.mounts:
                 self.elsewhere.setdefault(key, []).append((process, mount.shown_point))

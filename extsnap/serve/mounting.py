@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from extsnap.blockdev.inuse import in_other_namespaces
 from extsnap.errors import ServerError, ToolError, VolumeBusy
 from extsnap.serve import tools
 
@@ -72,17 +73,8 @@ def mounts(process: str = "self") -> list[Mount]:
 
 def mounts_elsewhere() -> Iterator[Mount]:
     """Mounts of the other mount namespaces that we may look into; their points are paths that lead there from here."""
-    seen = {os.readlink("/proc/self/ns/mnt")}
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            namespace = os.readlink(f"/proc/{process}/ns/mnt")
-            if namespace in seen:
-                continue
-            table = mounts(process)
-        except OSError:  # gone, or somebody else's
-            continue
-        seen.add(namespace)
-        yield from (replace(mount, point=f"/proc/{process}/root{mount.point}") for mount in table)
+    for process, mount in in_other_namespaces(mounts):
+        yield replace(mount, point=f"/proc/{process}/root{mount.point}")
 
 
 def mount_at(directory: str) -> Mount | None:

@@ -44,7 +44,7 @@ class Sysfs:
 def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sysfs:
     """A disk of 64 MiB with two partitions; nothing is mounted."""
     monkeypatch.setattr(inuse, "_mount_table", lambda process="self": [])
-    monkeypatch.setattr(inuse, "_foreign_mounts", lambda: iter(()))
+    monkeypatch.setattr(inuse, "in_other_namespaces", lambda read: iter(()))
     monkeypatch.setattr(inuse, "_swaps", lambda avoid: [])
     made = Sysfs(tmp_path / "sys")
     made.add("sda", (8, 0))
