@@ -23,7 +23,7 @@ import images  # noqa: E402
 import oracle  # noqa: E402
 import program  # noqa: E402
 
-CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+CI = any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in ("CI", "EXTSNAP_CI"))  # tools/test
 # The tests run e2fsprogs by name; for an ordinary user these directories may be missing.
 os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
