@@ -78,6 +78,12 @@ def merge_runs(runs: Ints) -> Ints:
     return np.stack([runs[first, 0], np.add.reduceat(runs[:, 1], first)], axis=1)
 
 
+def overlap(runs: Ints) -> bool:
+    """Whether any two of the runs (start, length), in any order, share a position."""
+    runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    return bool((runs[:-1].sum(axis=1) > runs[1:, 0]).any())
+
+
 def bits_of(runs: Ints, size: int) -> Bits:
     """A packed little-endian bitmap uint8[ceil(size/8)] with the blocks of ``runs`` (start, length) set."""
     bitmap = np.zeros((size + 7) // 8, np.uint8)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _UNSIGNED_HASH = 2
 _BLOCK_MASK = 0x0FFFFFFF
 FT_DIRECTORY = 2
+#: Bytes of a directory that is read: as the kernel has it without large_dir.
+SIZE_MAX = (1 << 31) - 1
 #: Hash, name, inode, file type.
 _Item = tuple[int, bytes, int, int]
 
@@ -106,6 +108,8 @@ class _Directory:
         self.size = geometry.block_size
         self.has_tail = geometry.has_metadata_csum
         self.seed = inode_seed(geometry.checksum_seed, ino, self.inode.i_generation)
+        if int(self.map.data[:, 2].sum()) > SIZE_MAX // self.size:
+            raise FormatError(f"directory {ino} has more than {SIZE_MAX} bytes", structure="directory")
         self.blocks: Ints = expand(self.map.data[:, 1], self.map.data[:, 2])
         logical = expand(self.map.data[:, 0], self.map.data[:, 2])
         if not len(logical) or logical[-1] != len(logical) - 1:

@@ -12,6 +12,12 @@ from extsnap.errors import FormatError
 from extsnap.ondisk.checksum import filesystem_seed
 from extsnap.ondisk.superblock import OFFSET, Compat, Incompat, RoCompat
 
+#: Groups whose descriptors are read: a sparse image of 16 TiB may name half a milliard.  With 4 KiB blocks and groups
+#: of 128 MiB, as mke2fs makes them, these are 128 TiB.
+GROUPS_MAX = 1 << 20
+#: Rows of bits over all blocks, each as long as a group's bitmap.
+ROWS_MAX = 1 << 23
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -122,6 +128,8 @@ class Geometry:
         require(128 <= inode_size <= block_size and inode_size & (inode_size - 1) == 0, "s_inode_size")
         desc_size = sb.s_desc_size if bit64 else 32
         require(desc_size in (32, 64, 128, 256, 512, 1024) and desc_size >= (64 if bit64 else 32), "s_desc_size")
+        require(groups <= GROUPS_MAX, "s_blocks_per_group")
+        require(blocks // (sb.s_blocks_per_group >> cluster_bits) <= ROWS_MAX, "s_blocks_per_group")
         gdt_blocks = -(-groups * desc_size // block_size)
         require(OFFSET // block_size + 1 + gdt_blocks <= blocks, "s_blocks_per_group")
         meta_bg = bool(sb.s_feature_incompat & Incompat.meta_bg)

@@ -96,10 +96,31 @@ class GroupTable:
             at = self.column(name)
             wrong = (at <= geometry.first_data_block) | (at > geometry.blocks_count - length)
             yield wrong, name, at, "group {group} has block {value}, outside the volume"
+        yield (
+            self._shared(),
+            "bg_block_bitmap",
+            self.column("bg_block_bitmap"),
+            ("a bitmap or the inode table of group {group} shares blocks with another one"),
+        )
         if self.has_checksums:
             unused = self.column("bg_itable_unused")
             wrong = unused > geometry.inodes_per_group
             yield wrong, "bg_itable_unused", unused, "group {group} has more unused inodes than inodes"
+
+    def _shared(self) -> npt.NDArray[np.bool_]:
+        """bool[groups]: whose bitmaps or inode table share blocks with others.
+
+        Groups that share one bitmap would cost memory each for what is on the medium once.
+        """
+        groups = self._geometry.groups
+        start = np.concatenate([self.column(f"bg_{name}") for name in ("block_bitmap", "inode_bitmap", "inode_table")])
+        length = np.repeat([1, 1, self._geometry.inode_table_blocks], groups)
+        order = np.argsort(start, kind="stable")
+        ends = np.maximum.accumulate(start[order] + length[order])
+        late = np.flatnonzero(ends[:-1] > start[order][1:])
+        shared = np.zeros(groups, np.bool_)
+        shared[order[late] % groups] = shared[order[late + 1] % groups] = True
+        return shared
 
     def verify(self) -> None:
         """Check every descriptor.

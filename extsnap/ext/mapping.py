@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, breaks_to_runs, expand
+from extsnap.arrays import Ints, breaks_to_runs, expand, overlap
 from extsnap.errors import FormatError
 from extsnap.ondisk.checksum import extent_checksum
 from extsnap.ondisk.extent import (
@@ -106,6 +106,8 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
         or length.sum() > blocks_count
     ):
         raise FormatError("an extent is out of order or outside the volume", structure="extent leaf")
+    if overlap(np.stack([physical, length], axis=1)):
+        raise FormatError("two extents have the same blocks", structure="extent leaf")
     mapping = np.zeros(0, np.int64)
     if found:
         order = _preorder(np.concatenate(starts), np.concatenate(levels))

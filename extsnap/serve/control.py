@@ -459,7 +459,7 @@ class ControlClient:
             if answer["ok"]:
                 return dict(answer["result"])
             error = decode_error(answer["error"])
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
             raise ServerError("the server's answer makes no sense") from problem
         raise error
 

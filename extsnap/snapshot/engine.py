@@ -33,7 +33,7 @@ from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of
 from extsnap.blockdev.base import Buffer
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot import hidden
+from extsnap.snapshot import hidden, limits
 from extsnap.snapshot.hidden import Hidden
 from extsnap.snapshot.history import History
 from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
@@ -140,6 +140,7 @@ class Engine:
             self.recovered_batch = level
             self.index.add(level)
         self._masks_stored = self.masks.count
+        limits.require_sparse(self.index.levels, 64 * self.masks.words)
         for level in self.index.levels:
             for part in level.parts():
                 store.mark_used(level.copies(part))
@@ -150,16 +151,20 @@ class Engine:
     def _read_level(self, key: int) -> Level:
         """A level from the first copies that are whole; each of the two blobs may be damaged by itself."""
         store, records, crcs = self.store, fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS
-        return store.first_whole(
-            records,
-            key,
-            lambda copy: Level.gather(
-                store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize,
-                store.read_table(records, key, fmt.RECORD_DTYPE, copy),
-                store.first_whole(crcs, key, lambda copy: self._read_crcs(key, copy)),
+        count = store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize
+        try:
+            return store.first_whole(
+                records,
                 key,
-            ),
-        )
+                lambda copy: Level.gather(
+                    count,
+                    map(limits.require_records, store.read_table(records, key, fmt.RECORD_DTYPE, copy)),
+                    store.first_whole(crcs, key, lambda copy: self._read_crcs(key, copy)),
+                    key,
+                ),
+            )
+        except MemoryError as error:
+            raise StoreDamaged(f"index {key}: {count} records are more than memory holds") from error
 
     def _read_crcs(self, key: int, copy: int) -> npt.NDArray[np.uint32]:
         crcs = fmt.BlobKind.INDEX_CRCS

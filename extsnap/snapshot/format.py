@@ -31,6 +31,7 @@ VERSION = 1
 SLOT_BYTES = 512
 SLOT_RESERVED = SLOT_BYTES - 96 - 4
 SECTOR = 512
+NAME_BYTES_MAX = 255
 
 #: Copy address of a zero record: the old block was all zeros and needs no copy block.
 ZERO_COPY = -1
@@ -427,6 +428,20 @@ class Snapshot:
                 }
             )
         )
+
+
+def fault_of_name(name: str) -> str:
+    """Which rule a snapshot's name breaks, as the end of a sentence; empty if none."""
+    size = len(name.encode())
+    if not 1 <= size <= NAME_BYTES_MAX:
+        return f"has {size} bytes; a name has 1 to {NAME_BYTES_MAX}"
+    if "/" in name:
+        return "has a slash"
+    if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
+        return "has a control character"
+    if name in (".", ".."):
+        return "is a directory's name"
+    return "starts with a hyphen" if name.startswith("-") else ""
 
 
 def parse_snapshots(raw: bytes) -> list[Snapshot]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extsnap.arrays import ByteWindows, Ints, distinct, expand, runs_of
+from extsnap.arrays import ByteWindows, Ints, distinct, expand, overlap, runs_of
 from extsnap.errors import FormatError, RestoreRefused, StoreDamaged, StoreProtected, VolumeFull
+from extsnap.ext.bitmaps import whole_clusters
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.quota import charge
 from extsnap.snapshot.store import Extents, Root
@@ -174,6 +175,17 @@ def is_whole(fs: Filesystem, root: Root) -> bool:
     except (StoreProtected, FormatError):
         return False
     return True
+
+
+def has_metadata(fs: Filesystem, root: Root) -> bool:
+    """Whether the header claims a block twice, or one that holds metadata of the filesystem.
+
+    Raises:
+        FormatError: A descriptor is damaged.
+    """
+    sound = fs.groups.sound() if fs.has_errors else np.ones(fs.geometry.groups, np.bool_)
+    metadata = whole_clusters(fs.groups.metadata_runs(sound), 1)
+    return overlap(np.concatenate([root.allocation_runs(), metadata]))
 
 
 def is_marked_used(fs: Filesystem, root: Root) -> bool:

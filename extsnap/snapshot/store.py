@@ -43,6 +43,7 @@ from extsnap.arrays import (
 from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
+from extsnap.snapshot import limits
 
 T = TypeVar("T")
 #: Rows (logical, physical, length).
@@ -286,6 +287,7 @@ class Root:
         except (construct.ConstructError, ValueError) as error:
             raise StoreDamaged(f"root: {error}") from error
         root.verify_places()
+        limits.require_root(root, device_blocks)
         if len(root.mapping) and (root.mapping.min() < 0 or root.mapping.max() >= device_blocks):
             raise StoreDamaged("root: a mapping block lies outside the volume")
         return root
@@ -609,6 +611,7 @@ class Store:
         Raises:
             VolumeFull: No room; the root is as before.
         """
+        limits.table_limit(kind, length)
         each = -(-length // self.block_size)
         copies: tuple[Ints, ...] = self.allocate_pair(each) if twin else (self.allocate(each),)
         crc = at = 0
@@ -720,6 +723,11 @@ class Store:
         self.root.ro_compat = self.root.ro_compat & ~fmt.RO_COMPAT_TWINS | twins
         raw = self.root.build()
         count = -(-len(raw) // payload_room)
+        try:
+            limits.root_limit(self.root, len(raw))
+        except VolumeFull:
+            self.root.generation -= 1
+            raise
         if self.available < 2 * count:
             self.root.generation -= 1
             raise VolumeFull(
@@ -1001,6 +1009,7 @@ def read_slot(device: Device, block: int, block_size: int, device_blocks: int) -
         total += length
         if not 0 < start < device_blocks or not 0 < length <= device_blocks - start or total > device_blocks:
             raise StoreDamaged("the root's chain leaves the volume")
+        limits.require_slot(slot.root_bytes, total, block_size)
         raw = device.pread(start * block_size, length * block_size)
         head = fmt.Segment.parse(raw[: fmt.SEGMENT_HEADER])
         end = fmt.SEGMENT_HEADER + head.payload_bytes

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from extsnap.arrays import Bits, Ints, bitmap_runs, expand
 from extsnap.errors import DamagedCopy
 from extsnap.snapshot import format as fmt
+from extsnap.snapshot import limits
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.index import Level
 
@@ -101,7 +102,9 @@ class View:
     def records(self, first: int, last: int) -> Level:
         """The records of this snapshot that touch blocks [first, last)."""
         level = self.engine.index.in_range(first, last)
-        return level.take(np.flatnonzero(self.engine.masks.has(self.snapshot.bit)[level.mask]))
+        mine = level.take(np.flatnonzero(self.engine.masks.has(self.snapshot.bit)[level.mask]))
+        limits.require_once(mine, self.snapshot.name)
+        return mine
 
     def _paste_copies(
         self, records: Level, blocks: Ints, inside: Flags, first: int, preserved: Flags, content: Bits

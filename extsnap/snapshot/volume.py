@@ -51,7 +51,7 @@ from extsnap.errors import (
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.locate import Place, locate
 from extsnap.ext.magic import recognise
-from extsnap.snapshot import edit, graft, hidden
+from extsnap.snapshot import edit, graft, hidden, limits
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.above import Above
 from extsnap.snapshot.check import note
@@ -73,7 +73,6 @@ from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.warden import Warden
 from extsnap.sparsebits import SparseBits
 
-NAME_BYTES_MAX = 255
 ALWAYS, NEVER = 1 << 62, -1
 #: Bytes; a stray seek must not make bitmaps that fill the memory.
 LARGEST_VOLUME = 64 << 40
@@ -87,20 +86,10 @@ def validate_name(name: str) -> str:
     """
     shown = ascii(name)
     try:
-        raw = name.encode()
+        name.encode()
     except UnicodeEncodeError as error:
         raise InvalidName(f"snapshot name {shown} is not UTF-8", hint="choose another name") from error
-    rule = ""
-    if not 1 <= len(raw) <= NAME_BYTES_MAX:
-        rule = f"has {len(raw)} bytes; a name has 1 to {NAME_BYTES_MAX}"
-    elif "/" in name:
-        rule = "has a slash"
-    elif any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
-        rule = "has a control character"
-    elif name in (".", ".."):
-        rule = "is a directory's name"
-    elif name.startswith("-"):
-        rule = "starts with a hyphen"
+    rule = fmt.fault_of_name(name)
     if rule:
         raise InvalidName(f"snapshot name {shown} {rule}", hint="choose another name")
     return name
@@ -330,6 +319,7 @@ class Volume:
         if (fmt.BlobKind.SNAPSHOTS, 0) in store.root.blobs:
             table = fmt.parse_snapshots(store.read_blob(fmt.BlobKind.SNAPSHOTS, 0))
         table = [snapshot for snapshot in table if store.root.counting >> snapshot.bit & 1]
+        limits.require_snapshots(table)
         longest = max((snapshot.volume_bytes for snapshot in table), default=0)
         if longest > self.size:
             raise StoreDamaged(
@@ -376,6 +366,8 @@ class Volume:
             return
         if not marked:
             self._detect_outside_write(is_open)
+            if not self.outside_write:
+                self._require_own_blocks()
             if not self.outside_write and (store.worn or engine.history.worn):
                 self.mended = note(self, [], [])
             return
@@ -405,6 +397,26 @@ class Volume:
         if is_open or (root.fingerprint and fingerprint(self.filesystem()) != root.fingerprint):
             self.outside_write = True
             hidden.forget(self.require_engine())  # the base is what the others saw
+
+    def _require_own_blocks(self) -> None:
+        """Refuse to write into a store that claims blocks of the filesystem's own, or of other files.
+
+        Nobody wrote outside extsnap, so header and inode agree, whoever made them.
+
+        Raises:
+            StoreDamaged: They do not, or the blocks hold metadata of the filesystem.
+        """
+        root = self.require_store().root
+        fs = Filesystem.open(self.medium)
+        hint = "its snapshots can be read and exported; extsnap check tells more"
+        try:
+            taken = graft.has_metadata(fs, root)
+        except FormatError:  # a damaged descriptor is not the store's fault, and found again by whoever needs it
+            return
+        if taken:
+            raise StoreDamaged(f"{self.name}: the store claims blocks of the filesystem's metadata", hint=hint)
+        if not graft.is_whole(fs, root):
+            raise StoreDamaged(f"{self.name}: the store's header and its inode name different blocks", hint=hint)
 
     def _reconcile(self, fs: Filesystem) -> None:
         """After writes from above or a replay: filesystem and header say the same about the store again.
