@@ -158,7 +158,7 @@ class Engine:
                 key,
                 lambda copy: Level.gather(
                     count,
-                    map(limits.require_records, store.read_table(records, key, fmt.RECORD_DTYPE, copy)),
+                    limits.sound_records(store.read_table(records, key, fmt.RECORD_DTYPE, copy), count),
                     store.first_whole(crcs, key, lambda copy: self._read_crcs(key, copy)),
                     key,
                 ),

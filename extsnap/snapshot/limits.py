@@ -13,10 +13,10 @@ import numpy as np
 
 from extsnap.errors import StoreDamaged, VolumeFull
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.index import RUN_MAX, Level
+from extsnap.snapshot.index import PART_RECORDS, RUN_MAX, Level
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from extsnap.snapshot.store import Root
 
@@ -125,15 +125,19 @@ def require_snapshots(table: Sequence[fmt.Snapshot]) -> None:
             raise StoreDamaged(f"snapshot table: two snapshots have the same {what}")
 
 
-def require_records(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A piece of a table of records, looked at before there is memory for the next one: holes of the image are none.
+def sound_records(tables: Iterable[np.ndarray[Any, Any]], count: int) -> Iterator[np.ndarray[Any, Any]]:
+    """The pieces of a table of ``count`` records; those of a large one are looked at before there is memory for more.
+
+    Holes of a sparse image are no records.  Of a table of one piece the checksum has the first word: it tells damage
+    from a lie.
 
     Raises:
         StoreDamaged: A record has an impossible length.
     """
-    if ((table["length"] < 1) | (table["length"] > RUN_MAX)).any():
-        raise StoreDamaged("index: a record is impossible")
-    return table
+    for table in tables:
+        if count > PART_RECORDS and ((table["length"] < 1) | (table["length"] > RUN_MAX)).any():
+            raise StoreDamaged("index: a record is impossible")
+        yield table
 
 
 def require_sparse(levels: Sequence[Level], bits: int) -> None:

@@ -189,14 +189,14 @@ def test_a_store_over_what_is_not_its_own_is_not_written(what: str) -> None:
 
 
 def test_groups_without_end() -> None:
-    """A sparse image of 16 TiB whose groups have 8 blocks: half a milliard of descriptors, all in holes."""
+    """A sparse image of 16 TiB with groups of 2,048 blocks: two million descriptors, all in holes."""
     blocks = 1 << 32
-    groups = -(-blocks // 8)
+    groups = -(-blocks // 2048)
     device = hostile.sealed_superblock(
         s_log_block_size=2, s_log_cluster_size=2, s_blocks_count_lo=0, s_blocks_count_hi=1, s_first_data_block=0,
-        s_blocks_per_group=8, s_clusters_per_group=8, s_inodes_per_group=8, s_inodes_count=groups * 8 % (1 << 32),
+        s_blocks_per_group=2048, s_clusters_per_group=2048, s_inodes_per_group=8, s_inodes_count=groups * 8 % (1 << 32),
     )  # fmt: skip
-    with bounded(), pytest.raises(FormatError):
+    with bounded(), pytest.raises(FormatError, match="s_blocks_per_group"):
         Volume(SparseDevice(bytes(device.content), blocks * 4096))
 
 
