@@ -47,8 +47,14 @@ def fuzz(target: str, seconds: int, seed: int, corpus: Path) -> None:
         (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
     found.mkdir(parents=True, exist_ok=True)
     limits = [f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=10", "-report_slow_units=5"]
-    memory = ["-rss_limit_mb=768", f"-artifact_prefix={found}/", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *limits, *memory, str(corpus)], hostile.TARGETS[target])
+    # The instrumented process grows by itself; what an input may take is limited by `bounded`.
+    memory = ["-rss_limit_mb=4096", f"-artifact_prefix={found}/", "-print_final_stats=1"]
+
+    def within_limits(data: bytes) -> None:
+        with hostile.bounded():
+            hostile.TARGETS[target](data)
+
+    atheris.Setup([sys.argv[0], *limits, *memory, str(corpus)], within_limits)
     atheris.Fuzz()
 
 
