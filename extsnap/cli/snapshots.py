@@ -172,6 +172,11 @@ def restore(
             undo=undo,
             safety=not no_safety,
         )
+        if result.pop("work_left", False):
+            with about(image):
+                from extsnap.serve import session
+
+                session.let_go_of_orphans(image, partition, result["restored"])
     if as_json:
         output.emit_json(result)
     elif result.get("safety") is not None:

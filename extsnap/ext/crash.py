@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, expand
+from extsnap.arrays import Ints
 from extsnap.ext.bitmaps import expand_clusters
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.journal import Journal
+from extsnap.ext.log import walk
 from extsnap.ondisk.journal import MAGIC
-from extsnap.ondisk.journal_tags import BlockType, header, parse_tags
 from extsnap.ondisk.superblock import Compat
 from extsnap.sparsebits import SparseBits
 
@@ -61,31 +61,12 @@ def used_after_crash(fs: Filesystem) -> SparseBits:
 
 def logged(fs: Filesystem, journal: Journal) -> Logged:
     """Every block in the log of a journal that is not empty, in the order of the log; looks at no checksum."""
-    sb = journal.superblock
-    log = np.concatenate([[journal.superblock_block], expand(journal.data_runs[:, 0], journal.data_runs[:, 1])])
-    end = min(int(sb.s_maxlen), len(log))
-    first = int(sb.s_first)
-    at, sequence = int(sb.s_start), int(sb.s_sequence)
     blocks, places, escaped = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
-    left = end - first  # once around, at most
-    while 0 < first <= at < end and left > 0:
-        found = header(raw := fs.read_block(int(log[at])))
-        if found is None or found[1] != sequence:
-            break
-        step = 1
-        if found[0] == BlockType.COMMIT:
-            sequence = (sequence + 1) & 0xFFFFFFFF
-        elif found[0] == BlockType.DESCRIPTOR:
-            tags = parse_tags(raw, int(sb.s_feature_incompat))
-            count = min(len(tags.blocks), left - 1)
-            blocks.append(tags.blocks[:count])
-            escaped.append(tags.escaped[:count])
-            places.append(log[(at - first + 1 + np.arange(count)) % (end - first) + first])
-            step += len(tags.blocks)
-        elif found[0] != BlockType.REVOKE:
-            break
-        left -= step
-        at = (at - first + step) % (end - first) + first
+    for block in walk(fs, journal):
+        if block.tags is not None and block.places is not None:
+            blocks.append(block.tags.blocks)
+            escaped.append(block.tags.escaped)
+            places.append(block.places)
     return Logged(np.concatenate(blocks), np.concatenate(places), np.concatenate(escaped))
 
 

@@ -17,6 +17,7 @@ from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ondisk.extent import DEPTH_MAX, ENTRY_SIZE, HEADER_SIZE, INDEX_DTYPE, LEAF_DTYPE, LENGTH_MAX, MAGIC
 from extsnap.ondisk.inode import InodeFlags
+from extsnap.sparsebits import SparseBits
 
 Rows = npt.NDArray[np.uint8]
 #: Bytes of inode tables, or of mapping blocks, worked on at once.
@@ -48,6 +49,23 @@ def owners_of(fs: Filesystem, blocks: Ints) -> Owners:
     for numbers, raw in _inodes(fs):
         found.append(np.unique(_among(fs, blocks, numbers, raw)))
     return Owners(np.unique(np.concatenate(found)), tables, structures)
+
+
+def used_by_inodes(fs: Filesystem) -> SparseBits:
+    """The blocks that inodes with a name have, in rows as `Filesystem.block_bitmaps` has them.
+
+    Without a journal they are what a recovery goes by: after a crash the bitmaps may say otherwise.
+    """
+    geometry = fs.geometry
+    used = SparseBits(geometry.groups, geometry.blocks_per_group // 8)
+
+    def look(owner: Ints, start: Ints, length: Ints) -> None:
+        inside = (start >= geometry.first_data_block) & (start + length <= geometry.blocks_count)
+        used.set(np.stack([start - geometry.first_data_block, length], axis=1)[inside])
+
+    for numbers, raw in _inodes(fs):
+        _look_at_all(fs, numbers, raw, look)
+    return used
 
 
 def _structures(fs: Filesystem, blocks: Ints) -> tuple[Ints, list[str]]:
@@ -113,6 +131,15 @@ def _among(fs: Filesystem, blocks: Ints, numbers: Ints, raw: Rows) -> Ints:
     def look(owner: Ints, start: Ints, length: Ints) -> None:
         found.append(owner[np.searchsorted(blocks, start) < np.searchsorted(blocks, start + length)])
 
+    _look_at_all(fs, numbers, raw, look)
+    return np.concatenate(found)
+
+
+Look = Callable[[Ints, Ints, Ints], None]
+
+
+def _look_at_all(fs: Filesystem, numbers: Ints, raw: Rows, look: Look) -> None:
+    """Show every run (owner, start, length) of blocks that inodes ``numbers`` have."""
     mode = raw[:, 0:2].copy().view("<u2").ravel() & _TYPE
     size = raw[:, 4:8].copy().view("<u4").ravel()
     flags = raw[:, 32:36].copy().view("<u4").ravel()
@@ -126,10 +153,6 @@ def _among(fs: Filesystem, blocks: Ints, numbers: Ints, raw: Rows) -> Ints:
     roots = raw[:, 40:100]
     _follow_extents(fs, numbers[mapped & extents], roots[mapped & extents], look)
     _follow_pointers(fs, numbers[mapped & ~extents], roots[mapped & ~extents], look)
-    return np.concatenate(found)
-
-
-Look = Callable[[Ints, Ints, Ints], None]
 
 
 def _inside(fs: Filesystem, owner: Ints, nodes: Ints) -> tuple[Ints, Ints]:

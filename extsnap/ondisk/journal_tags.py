@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.ondisk.checksum import crc32c_raw
 from extsnap.ondisk.journal import MAGIC, JournalIncompat
 
 HEADER = struct.Struct(">III")  # h_magic, h_blocktype, h_sequence
 _UUID_BYTES, _TAIL_BYTES = 16, 4
+_REVOKED_AT = 16  # behind the header and r_count
+_COMMIT_CHECKSUM = slice(16, 20)  # h_chksum[0]
+_CHECKED = JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3
 
 
 class BlockType(enum.IntEnum):
@@ -44,10 +48,13 @@ class Tags:
     Attributes:
         blocks: int64[n], block numbers of the filesystem.
         escaped: bool[n].
+        checksums: int64[n], of the content in the log; of layout 2 the lower 16 bits.  What there is without checksums
+            means nothing.
     """
 
     blocks: npt.NDArray[np.int64]
     escaped: npt.NDArray[np.bool_]
+    checksums: npt.NDArray[np.int64]
 
 
 def _layout(features: int) -> np.dtype[np.void]:
@@ -76,8 +83,7 @@ def parse_tags(block: bytes, features: int) -> Tags:
         features: s_feature_incompat of the journal.
     """
     layout = _layout(features)
-    checked = features & (JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3)
-    end = len(block) - (_TAIL_BYTES if checked else 0)
+    end = len(block) - (_TAIL_BYTES if features & _CHECKED else 0)
     at, found = HEADER.size, [np.zeros(0, layout)]
     while at + layout.itemsize <= end:
         # As a rule only the first tag has a UUID behind it: two rounds, however many tags there are.
@@ -93,4 +99,34 @@ def parse_tags(block: bytes, features: int) -> Tags:
     blocks = tags["low"].astype(np.int64)
     if "high" in (layout.names or ()) and features & JournalIncompat.BIT64:
         blocks |= tags["high"].astype(np.int64) << 32
-    return Tags(blocks, tags["flags"] & TagFlags.ESCAPE != 0)
+    return Tags(blocks, tags["flags"] & TagFlags.ESCAPE != 0, tags["checksum"].astype(np.int64))
+
+
+def parse_revoked(block: bytes, features: int) -> npt.NDArray[np.int64]:
+    """The blocks that a revocation block names: int64[n]."""
+    count = int.from_bytes(block[HEADER.size : _REVOKED_AT], "big")
+    kind = np.dtype(">u8" if features & JournalIncompat.BIT64 else ">u4")
+    end = len(block) - (_TAIL_BYTES if features & _CHECKED else 0)
+    number = max(0, min(count, end) - _REVOKED_AT) // kind.itemsize
+    return np.frombuffer(block, kind, number, _REVOKED_AT).astype(np.int64)
+
+
+def is_whole(block: bytes, kind: int, features: int, seed: int) -> bool:
+    """Whether the checksum of a descriptor, revocation or commit block is right; without checksums all are.
+
+    Args:
+        block: The whole block.
+        kind: Its `BlockType`.
+        features: s_feature_incompat of the journal.
+        seed: `crc32c_raw` of the journal's UUID.
+    """
+    if not features & _CHECKED:
+        return True
+    at = _COMMIT_CHECKSUM if kind == BlockType.COMMIT else slice(len(block) - _TAIL_BYTES, len(block))
+    return crc32c_raw(seed, block[: at.start] + bytes(4) + block[at.stop :]) == int.from_bytes(block[at], "big")
+
+
+def content_checksum(content: bytes, sequence: int, features: int, seed: int) -> int:
+    """What the tag of a logged block holds of ``content``, as it stands in the log."""
+    checksum = crc32c_raw(crc32c_raw(seed, sequence.to_bytes(4, "big")), content)
+    return checksum if features & JournalIncompat.CSUM_V3 else checksum & 0xFFFF

@@ -16,6 +16,7 @@ from extsnap.blockdev.image import ImageFile
 from extsnap.errors import ExtsnapError, FormatError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.orphans import orphans, prepare_release
+from extsnap.ondisk.superblock import Compat
 from extsnap.serve import tools
 
 REPAIRED_MAX = 3
@@ -74,13 +75,16 @@ def without_work_left(view: str, layer: Layer, *, crash: bool = False) -> tuple[
         was no such work or it could not be done: then the first verdict counts.
     """
     try:
-        count, needs_replay = _work_left(view, crash)
+        count, needs_replay, journaled = _work_left(view, crash)
         if not count and not needs_replay:
             return None
         with layer() as scratch:
             if not needs_replay:
                 _prepare(scratch)
             done = tools.run("e2fsck", "-p", scratch, ok=None)
+            if needs_replay and not journaled and done.returncode > REPAIRED_MAX:
+                # A crash without a journal leaves what e2fsck asks about; nothing tells that from damage.
+                done = tools.run("e2fsck", "-fy", scratch, ok=None)
             if not 0 <= done.returncode <= REPAIRED_MAX:
                 return None
             if not needs_replay and ": clean, " not in done.stdout:
@@ -90,8 +94,12 @@ def without_work_left(view: str, layer: Layer, *, crash: bool = False) -> tuple[
         return None
 
 
-def _work_left(view: str, crash: bool) -> tuple[int, bool]:
-    """(files open and unlinked, as far as they are known before a replay; whether e2fsck has to replay or mend).
+def _work_left(view: str, crash: bool) -> tuple[int, bool, bool]:
+    """What a moment left to be done.
+
+    Returns:
+        (files open and unlinked, as far as they are known before a replay; whether e2fsck has to replay or mend;
+        whether there is a journal).
 
     Raises:
         ExtsnapError: The view is damaged where this is told.
@@ -99,11 +107,12 @@ def _work_left(view: str, crash: bool) -> tuple[int, bool]:
     image = ImageFile(view)
     try:
         fs = Filesystem.open(image)
+        journaled = bool(fs.superblock.s_feature_compat & Compat.has_journal)
         if fs.needs_recovery or (crash and not fs.is_clean):
             with contextlib.suppress(FormatError):
-                return len(orphans(fs)), True
-            return 0, True
-        return len(orphans(fs)), False
+                return len(orphans(fs)), True, journaled
+            return 0, True, journaled
+        return len(orphans(fs)), False, journaled
     finally:
         image.close()
 

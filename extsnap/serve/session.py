@@ -199,10 +199,10 @@ def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
 def _reason(done: subprocess.CompletedProcess[str], directory: str) -> str:
     """Why e2fsck -p gave up: what it found last before it said so."""
     # It says so on either stream; "(i.e., without -a or -p options)" is how the verdict ends, not why.
-    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+    found = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines()]
+    lines = [line for line in (line.removeprefix(f"{directory}/volume:").strip() for line in found) if line]
     given_up = [number for number, line in enumerate(lines) if "UNEXPECTED INCONSISTENCY" in line]
-    reason = lines[given_up[0] - 1] if given_up and given_up[0] else tools.last_line(done)
-    return reason.removeprefix(f"{directory}/volume: ")
+    return lines[given_up[0] - 1] if given_up and given_up[0] else tools.last_line(done)
 
 
 def _replay(name: str, keeper: ControlClient, directory: str) -> None:
@@ -211,23 +211,63 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     Raises:
         NeedsRecovery: Stock e2fsck wants decisions.
     """
-    done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
-    if not 0 <= done.returncode <= moment.REPAIRED_MAX:
-        raise _unrecoverable(name, _reason(done, directory))
+    _preen(name, directory)
     if not keeper.call("server.recovered").get("clean"):
         raise _unrecoverable(name)
 
 
-def _recover(place: Place) -> None:
-    """Make a marked volume whole again, with a server of our own that serves nobody else."""
+def _preen(name: str, directory: str) -> None:
+    """Have stock e2fsck do on a served volume what needs no decisions.
+
+    Raises:
+        NeedsRecovery: It wants some.
+    """
+    done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
+    if not 0 <= done.returncode <= moment.REPAIRED_MAX:
+        raise _unrecoverable(name, _reason(done, directory))
+
+
+def _recover(place: Place, *, always: bool = False) -> None:
+    """Make a marked volume whole again, with a server of our own that serves nobody else.
+
+    Args:
+        always: Have e2fsck look at one that needs no recovery, too.
+    """
     server = _private(place, lazy=True)
     try:
         if server.hello["needs_replay"]:
             _replay(place.name, server.keeper, server.directory)
+        elif always:
+            _preen(place.name, server.directory)
     except BaseException:
         server.abandon()
         raise
     server.end()
+
+
+def let_go_of_orphans(image: str, partition: int | None, snapshot: str) -> None:
+    """Have e2fsck do on a restored volume what the moment of its snapshot left to be done.
+
+    Until then the volume is as the snapshot's moment left it, and a next mount or e2fsck does the same: an end at any
+    point loses nothing.
+
+    Raises:
+        NeedsRecovery: e2fsck wants decisions.
+    """
+    place = _place(image, partition)
+    served = control.connect(_key(place))
+    try:
+        if served is None:
+            _recover(place, always=True)
+        else:
+            with served[0]:
+                _preen(place.name, str(served[1]["directory"]))
+    except NeedsRecovery as error:
+        raise NeedsRecovery(
+            f"{place.name} is restored, but e2fsck -p gave up on what the moment of {snapshot} left to be done: "
+            f"{error.message.rpartition(': ')[2]}",
+            hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
+        ) from error
 
 
 # ---- attach and detach

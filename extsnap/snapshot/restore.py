@@ -23,8 +23,12 @@ import numpy as np
 
 from extsnap.arrays import Ints, distinct, expand, runs_of
 from extsnap.blockdev.overlay import Overlay
-from extsnap.errors import ExtsnapError, SnapshotNotFound, VolumeFull
+from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
+from extsnap.ext import log
 from extsnap.ext.filesystem import Filesystem
+from extsnap.ext.orphans import orphans
+from extsnap.ext.owners import used_by_inodes
+from extsnap.ondisk.superblock import State
 from extsnap.snapshot import edit, graft, hidden
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import Level
@@ -108,6 +112,17 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     return entry
 
 
+def has_work_left(volume: Volume, name: str) -> bool:
+    """Whether a volume that was restored to a snapshot has something that e2fsck or the next mount has to do.
+
+    Files that were open and unlinked at the snapshot's moment; without a journal all that a crash then would have left.
+    """
+    if volume.find(name).consistency == fmt.Consistency.CLEAN:
+        return False
+    fs = volume.filesystem()
+    return not fs.is_clean or bool(orphans(fs))
+
+
 def _reveal(volume: Volume, *, everything: bool) -> None:
     """What is written below is what differs from the base on the medium: nothing may be hidden.
 
@@ -141,7 +156,7 @@ def _move_out(volume: Volume, target: fmt.Snapshot) -> tuple[SparseBits, list[in
         VolumeFull, RestoreRefused: It cannot; nothing was changed.
     """
     root = volume.require_store().root
-    then = Filesystem.open(Overlay(View(volume.require_engine(), target), volume.block_size), writable=True)
+    then = Filesystem.open(_as_restored(volume, target), writable=True)
     blocks = graft.in_the_way(then, root.store_inode, root.extents)
     now = Filesystem.open(volume.require_engine()).geometry
     avoid = then.block_bitmaps().reshaped(now.groups, now.blocks_per_group // 8)
@@ -196,6 +211,43 @@ def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:
     return int(needed.sum())
 
 
+def _as_restored(volume: Volume, target: fmt.Snapshot) -> Overlay:
+    """What the target is restored to, before today's store is put into it: the same whenever it is asked for.
+
+    Of a moment in which nothing was brought to rest that is what a recovery makes of it.  Files that were open and
+    unlinked stay for e2fsck or the next mount to let go.
+
+    Raises:
+        RestoreRefused: It cannot be made.
+    """
+    overlay = Overlay(View(volume.require_engine(), target), volume.block_size)
+    if target.consistency == fmt.Consistency.CLEAN:
+        return overlay
+    try:
+        fs = Filesystem.open(overlay, writable=True, lenient=True)
+        if fs.needs_recovery:
+            log.replay(fs)
+            log.recovered(Filesystem.open(overlay, writable=True))
+        elif target.consistency == fmt.Consistency.CRASH and fs.journal is None:
+            # Stock e2fsck, which comes afterwards, goes by the inodes: what they have must not be the store's.
+            unmarked = used_by_inodes(fs)
+            unmarked -= fs.block_bitmaps()
+            fs.set_blocks(unmarked.runs() + np.array([fs.geometry.first_data_block, 0]), True)
+            fs.flush()
+        elif target.consistency == fmt.Consistency.FROZEN and not fs.is_clean and not orphans(fs):
+            # Without a journal no freeze says that it is consistent, which it is.
+            fs.superblock.s_state |= State.VALID
+            fs.sum_counts()
+            fs.write_superblock()
+    except ExtsnapError as error:
+        raise RestoreRefused(
+            f"snapshot {target.name} of {volume.name} needs a recovery that cannot be done here: {error.message}; "
+            f"nothing was changed",
+            hint=f"take files out of extsnap mount --snapshot {target.name} --scratch",
+        ) from error
+    return overlay
+
+
 def _target_metadata(
     volume: Volume, target: fmt.Snapshot, mapping: Ints | None, sequence: int | None
 ) -> tuple[dict[int, bytes], Ints, int]:
@@ -204,8 +256,8 @@ def _target_metadata(
     Returns:
         (blocks that differ from the target's view, mapping blocks, journal sequence).
     """
-    engine, store = volume.require_engine(), volume.require_store()
-    overlay = Overlay(View(engine, target), volume.block_size)
+    store = volume.require_store()
+    overlay = _as_restored(volume, target)
     fs = Filesystem.open(overlay, writable=True)
     mapping = graft.replace_store(fs, store.root.store_inode, store.root.extents, mapping, volume.needed_groups())
     journal = fs.journal
@@ -214,20 +266,33 @@ def _target_metadata(
             sequence = (max(journal.sequence, _sequence_now(volume)) + 1) & 0xFFFFFFFF
         fs.write_block(journal.superblock_block, journal.superblock_with(sequence=sequence))
     fs.flush()
-    return overlay.changes(), mapping, sequence or 0
+    changes = overlay.changes()
+    return _outside(changes, store.root.extents[:, 1:]), mapping, sequence or 0
+
+
+def _outside(changes: dict[int, bytes], runs: Ints) -> dict[int, bytes]:
+    """The changes without those in blocks of the store: a log may have content for what was free then."""
+    if not len(runs):
+        return changes
+    starts, lengths = runs[np.argsort(runs[:, 0])].T
+    blocks = np.array(list(changes), np.int64)
+    at = np.searchsorted(starts, blocks, side="right") - 1
+    inside = (at >= 0) & (blocks - starts[at] < lengths[at])
+    return {block: changes[block] for block in blocks[~inside].tolist()}
 
 
 def _sequence_now(volume: Volume) -> int:
-    """Sequence of the base volume's journal: past everything that its stale blocks can hold.
+    """Sequence past everything that the base volume's journal can hold.
 
-    Without it one of them could look like the next transaction of the restored journal.  A filesystem too damaged
+    Without it a stale block could look like the next transaction of the restored journal.  A filesystem too damaged
     to tell has no journal that anybody replays before the restore is done.
     """
     try:
-        journal = volume.filesystem().journal
+        fs = volume.filesystem()
+        journal = fs.journal
+        return log.end_sequence(fs, journal) if journal else 0
     except ExtsnapError:
         return 1 << 30
-    return journal.sequence if journal else 0
 
 
 def complete(volume: Volume) -> None:

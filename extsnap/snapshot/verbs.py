@@ -229,7 +229,12 @@ def restore(volume: Volume, name: str | None = None, undo: bool = False, safety:
         raise ExtsnapError("a restore takes a snapshot's name or --undo", hint="see extsnap list")
     target = restoring.newest_safety(volume).name if name is None else name
     taken = restoring.restore(volume, target, safety=safety)
-    return {"version": JSON_VERSION, "restored": target, "safety": taken.name if taken else None}
+    return {
+        "version": JSON_VERSION,
+        "restored": target,
+        "safety": taken.name if taken else None,
+        "work_left": restoring.has_work_left(volume, target),
+    }
 
 
 def export(volume: Volume, name: str, out: str, force: bool = False) -> dict[str, Any]:
