@@ -61,6 +61,12 @@ def test_the_list_fits_the_source_and_the_document(mutants):
     assert mutants.table(found) in (mutants.CHECKOUT / "docs" / "TESTING.md").read_text(), "run tools/mutants --list"
 
 
+def test_three_thirds_are_all(mutants):
+    found = [mutants.third(list(range(10)), number) for number in (7, 8, 9)]
+    assert sorted(name for part in found for name in part) == list(range(10))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
 def test_lines_are_replaced_with_their_indentation(mutants):
     source = "if a:\n    b()\n    c()\nd()\n"
     assert make(mutants, old="b()", new="x()\ny()").apply(source) == "if a:\n    x()\n    y()\n    c()\nd()\n"
