@@ -42,10 +42,12 @@ class FileMap:
     Attributes:
         data: int64[n, 3], rows (logical, physical, length), sorted by logical.
         mapping: int64[k], blocks of extent nodes or indirect blocks, in preorder.
+        unwritten: Whether a part of it reads as zeros from above whatever its blocks hold: allocated, never written.
     """
 
     data: Ints
     mapping: Ints
+    unwritten: bool = False
 
 
 def _preorder(starts: Ints, levels: Ints) -> Ints:
@@ -95,6 +97,7 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
         entries = np.concatenate(tables)
     leaves = entries
     length = leaves["ee_len"].astype(np.int64)
+    unwritten = bool((length > LENGTH_MAX).any())
     length = np.where(length > LENGTH_MAX, length - LENGTH_MAX, length)
     physical = leaves["ee_start_lo"].astype(np.int64) | (leaves["ee_start_hi"].astype(np.int64) << 32)
     logical = leaves["ee_block"].astype(np.int64)
@@ -112,7 +115,7 @@ def parse_extents(i_block: bytes, read: ReadBlocks, blocks_count: int, seed: int
     if found:
         order = _preorder(np.concatenate(starts), np.concatenate(levels))
         mapping = np.concatenate(found)[order]
-    return FileMap(np.stack([logical, physical, length], axis=1), mapping)
+    return FileMap(np.stack([logical, physical, length], axis=1), mapping, unwritten)
 
 
 def _entries(node: bytes, depth: int) -> npt.NDArray[np.void]:

@@ -76,9 +76,9 @@ def above(directory: Mount, files: Collection[str] = ("",)) -> Above:
     every = mounting.loops()
     found = [loop for loop in every if _backed_by(loop, directory, paths)]
     for loop in found:  # grows on the way: loop devices over loop devices
-        nodes = {loop.path, *(f"/dev/{name}" for name in _partitions(loop))}
+        nodes = {loop.path, *(f"/dev/{name}" for name in partitions(loop))}
         found += [other for other in every if other.backing in nodes and other not in found]
-    devices = {loop.device for loop in found} | {device for loop in found for device in _partitions(loop).values()}
+    devices = {loop.device for loop in found} | {device for loop in found for device in partitions(loop).values()}
     table = mounting.mounts()
     mounts = [
         mount
@@ -113,7 +113,7 @@ def _backed_by(loop: Loop, directory: Mount, paths: Collection[str]) -> bool:
     return bool(struct.unpack_from("=Q", answer)[0] == os.makedev(major, minor))
 
 
-def _partitions(loop: Loop) -> dict[str, str]:
+def partitions(loop: Loop) -> dict[str, str]:
     """Names of a loop device's partitions, with "major:minor" of each."""
     found = {}
     for entry in Path("/sys/block", os.path.basename(loop.path)).glob(f"{os.path.basename(loop.path)}p*/dev"):
@@ -124,7 +124,7 @@ def _partitions(loop: Loop) -> dict[str, str]:
 
 def loop_below(device: str) -> Loop | None:
     """The loop device that is a device ("major:minor") or has it as a partition."""
-    return next((loop for loop in mounting.loops() if device in (loop.device, *_partitions(loop).values())), None)
+    return next((loop for loop in mounting.loops() if device in (loop.device, *partitions(loop).values())), None)
 
 
 def take_off(directory: Mount, tell: Tell) -> None:

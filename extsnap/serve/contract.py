@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from extsnap.snapshot.above import Above
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.growth import Growth
 
 Buffer = bytes | bytearray | memoryview
 
@@ -66,7 +69,12 @@ class EngineVolume(ServedVolume, Protocol):
 
     def serve_below(self, above: Above) -> None: ...
 
-    def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None: ...
+    @property
+    def growth(self) -> Growth | None: ...
+
+    def begin_serving(
+        self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False
+    ) -> None: ...
 
     def end_serving(self) -> bool: ...
 

@@ -87,6 +87,7 @@ DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type
 KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
 _KEPT = 1 << 30  # seconds
+_LATEST = 0.5  # seconds by which an acknowledgement is late at most
 
 ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, DISK_NODE, SCRATCH_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 4, 5, 16
 FIRST_SCRATCH_NODE = 1 << 62
@@ -145,6 +146,8 @@ class FuseFiles:
         last_pid: The process behind the last request that had one.
         refused: How many writes were refused because they would have hurt the store.
         refusal: What the last of these refusals said.
+        lag: Called after a write: seconds by which its acknowledgement is late.  It is done all the same; whoever
+            writes gets slower.  None: never.
         failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
             of its file without asking for the result), or None.
     """
@@ -209,6 +212,9 @@ class FuseFiles:
         self._next_listing = 1
         self._uid, self._gid = (os.geteuid(), os.getegid()) if like is None else (like.st_uid, like.st_gid)
         self._mode = 0o600 if like is None else like.st_mode & 0o666
+        # Acknowledgements that are late: when they are due (monotonic), and what they acknowledge.
+        self.lag: Callable[[], float] | None = None
+        self._late: deque[tuple[float, int, int]] = deque()
         self._started = int(time.time())
         self._changed = self._started
         self._touched = False
@@ -445,6 +451,12 @@ class FuseFiles:
         self._ends.append(offset + size)
         if offset % mmap.PAGESIZE or size == self._max_write:
             self._heads.append(offset + size)
+        if self.lag is not None and (delay := self.lag()):
+            now = time.monotonic()
+            last = self._late[-1][0] if self._late else 0.0
+            # One after the other, but what is waited for may stand behind them: none for long.
+            self._late.append((min(max(last, now) + delay, now + _LATEST), unique, size))
+            return
         self._written(unique, size)
 
     def _write_scratch(self, unique: int, node: int, offset: int, size: int) -> None:
@@ -461,6 +473,19 @@ class FuseFiles:
         OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
         WRITE_OUT.pack_into(reply, OUT_HEADER.size, size, 0)
         self._send(unique, [reply])
+
+    def acknowledge_late(self) -> float | None:
+        """Acknowledge the writes whose time has come; returns the seconds until that of the next, if there is one.
+
+        Where there is no reason to wait any more, that is all of them.
+        """
+        while self._late:
+            wait = self._late[0][0] - time.monotonic()
+            if wait > 0 and self.lag is not None:
+                return wait
+            _, unique, size = self._late.popleft()
+            self._written(unique, size)
+        return None
 
     def _read(self, unique: int, node: int, length: int) -> None:
         if length < len(self._head):

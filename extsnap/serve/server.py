@@ -47,6 +47,7 @@ from extsnap.serve import clearing, control, mounting
 from extsnap.serve.contract import EngineVolume, load_factory
 from extsnap.serve.disk import Disk
 from extsnap.serve.fuse import FuseFiles, Unmounted
+from extsnap.serve.growing import Growing
 
 _PR_SET_IO_FLUSHER = 57
 _FUSE_BURST = 1024  # looks for a request between two at the control socket
@@ -71,6 +72,7 @@ class ServerConfig:
         writable: Open the volume for writing; a read-only server has no control socket.
         private: The directory is ours: removed at the end.
         auto_end: End with the last user instead of by ``detach``.
+        live: The kernel will mount it: the store grows with it, and a volume without one is given it.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
         writeback: Let the kernel delay writes; without it a write that is refused fails at once.
         repair: What is run on the volume may be its repair.
@@ -85,6 +87,7 @@ class ServerConfig:
     writable: bool = True
     private: bool = False
     auto_end: bool = False
+    live: bool = False
     lazy: bool = False
     writeback: bool = True
     repair: bool = False
@@ -139,6 +142,21 @@ class Server:
         self._turns: deque[control.Connection] = deque()
         self._temporary: dict[str, control.Connection] = {}  # snapshots that go when their client hangs up
         self._left_over: set[str] = set()  # those of clients that did
+        self._growing = Growing(self)
+
+    @property
+    def volume(self) -> EngineVolume | None:
+        """The volume, once it is open."""
+        return self._volume
+
+    @property
+    def files(self) -> FuseFiles | None:
+        """The files, once they are served."""
+        return self._files
+
+    def watch(self, client: control.Connection) -> None:
+        """Wait for what a client that was answered is about to do."""
+        self._watch(client)
 
     # ---- what the volume asks
 
@@ -170,6 +188,9 @@ class Server:
             ExtsnapError, OSError: Nothing stays behind.
         """
         try:
+            if self.config.writable and os.geteuid() == 0:
+                # Before the image and its lock are ours: the process must have neither.
+                self._growing.start([self._keeper.fileno()] if self._keeper is not None else [])
             self._volume = load_factory(self.config.factory)(
                 self.config.image, writable=self.config.writable, partition=self.config.partition
             )
@@ -201,6 +222,7 @@ class Server:
             self._finish()
             raise
         self._poll.register(self._fuse_fd, select.POLLIN)
+        self._growing.watch(self._poll)
         if self._keeper is not None:
             self._add(self._keeper)
         with contextlib.suppress(OSError, AttributeError):
@@ -244,7 +266,10 @@ class Server:
         assert self._volume is not None
         if not self._begun:
             self._volume.begin_serving(
-                grow=not self._recovering, set_up=not self.config.auto_end, repair=self.config.repair
+                grow=not self._recovering,
+                set_up=self.config.live or not self.config.auto_end,
+                repair=self.config.repair,
+                live=self.config.live,
             )
             self._begun = True
 
@@ -297,7 +322,7 @@ class Server:
                 for fd, event in poll(self._timeout()):
                     if fd == fuse_fd:
                         misses = 0
-                        for _ in range(_FUSE_BURST):
+                        for _ in range(self._growing.burst(_FUSE_BURST)):
                             if serve_one():
                                 misses = 0
                             elif (misses := misses + 1) > _FUSE_SPIN:
@@ -313,6 +338,8 @@ class Server:
                 except Unmounted:
                     self._finish()
                     break
+            if not self._over:
+                self._growing.turn()
             if not self._listening and self._listener is not None:
                 self._make_place()
             if self._waiting:
@@ -326,7 +353,7 @@ class Server:
         if self._asked:
             return 0
         looking = self._waiting or self._left_over or (not self._listening and self._listener is not None)
-        return 50 if looking else None
+        return self._growing.timeout(50 if looking else None)
 
     def _keeper_holds(self) -> bool:
         return self._keeper is not None
@@ -339,6 +366,8 @@ class Server:
     def _attend(self, fd: int, event: int) -> None:
         if fd == self._signals_read:
             self._signalled(os.read(fd, 4096))
+        elif fd == self._growing.descriptor:
+            self._growing.hear()
         elif self._listener is not None and fd == self._listener.fileno():
             self._accept()
         else:
@@ -430,6 +459,7 @@ class Server:
         if self._clients.pop(client.fileno(), None) is not None:
             self._poll.unregister(client.fileno())
         self._waiting = [item for item in self._waiting if item[0] is not client]
+        self._growing.release(client)
         with contextlib.suppress(ValueError):
             self._asked.remove(client)
         client.socket.close()
@@ -532,6 +562,7 @@ class Server:
             return self._volume.verb(verb, **arguments)
         finally:
             self._files.snapshots_changed()
+            self._growing.commanded(client, verb)
             if verb == "create":
                 self._end_turn(client)
 
@@ -540,7 +571,8 @@ class Server:
     def _provision(self, client: control.Connection, alone: bool) -> dict[str, Any] | None:
         """Give a client the turn to take a snapshot, until it has done so or hangs up; answered when it has it.
 
-        ``in_use`` is the file that others have open for writing, or None; with ``alone`` that is refused.
+        ``in_use`` is the file that others have open for writing, or None; with ``alone`` that is refused.  Where the
+        kernel has it mounted, the answer comes when there is room for the snapshot, and nothing grows meanwhile.
         """
         assert self._files is not None
         if alone and self._files.volume_opens:
@@ -549,7 +581,8 @@ class Server:
             self._turns.append(client)
             return None
         self._turn = client
-        return {"in_use": self._files.base_name if self.in_use() else None}
+        result = {"in_use": self._files.base_name if self.in_use() else None}
+        return self._growing.provision(client, result) if result["in_use"] else result
 
     def _end_turn(self, client: control.Connection) -> None:
         """The next one has the turn now."""
@@ -641,7 +674,7 @@ class Server:
         now = time.monotonic()
         for item in list(self._waiting):
             client, file, deadline = item
-            if not file or (self._files.opens_of(file) and now < deadline):
+            if not file or (self._files.opens_of(file) and (now < deadline or self._growing.under_way)):
                 continue
             if self._ending_soon and not self._has_users():
                 continue  # answered at the end, which is about to come
@@ -730,6 +763,7 @@ class Server:
         self._over = True
         failure: BaseException | None = None
         clean = True
+        self._growing.close()
         if self._files is not None:
             failure = self._files.failure
             with contextlib.suppress(Exception):

@@ -519,7 +519,7 @@ def mount(
 def _start_for(place: Place, *, lazy: bool) -> Private:
     """A server for a mount; a snapshot of an image that we may not write is served all the same."""
     try:
-        return _private(place, lazy=lazy)
+        return _private(place, lazy=lazy, live=not lazy and os.geteuid() == 0)
     except ImageReadOnly:
         if not lazy:
             raise

@@ -164,7 +164,9 @@ def _check_bitmaps(volume: Volume) -> list[str]:
     root = store.root
     if root.pending is not None or root.restore is not None:
         return ["an interrupted operation is waiting: the next extsnap command that writes completes it"]
-    errors = []
+    errors: list[str] = []
+    if volume.growth is not None and volume.growth.kernel_edits:
+        return errors  # the kernel has told us, and its journal; bitmaps and nodes at home follow, the header at rest
     fs = volume.filesystem()
     found = fs.file_map(root.store_inode)
     if not np.array_equal(graft.join(found.data), graft.join(root.extents)):

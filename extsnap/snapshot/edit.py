@@ -106,9 +106,7 @@ def resize(volume: Volume, wanted: Extents, kind: fmt.PendingKind = fmt.PendingK
     engine, store = volume.require_engine(), volume.require_store()
     overlay = Overlay(engine, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
-    mapping = graft.resize(
-        fs, store.root.store_inode, store.root.extents, store.root.mapping, wanted, volume.needed_groups()
-    )
+    mapping = graft.resize(fs, store.root.store_inode, store.root.extents, wanted, volume.needed_groups())
     fs.flush()
     size = int((wanted[:, 0] + wanted[:, 2]).max())
     _commit(volume, Pending(kind, wanted, mapping, size), overlay.changes())
@@ -172,18 +170,11 @@ def grow(volume: Volume, blocks: int, *avoid: ByteWindows) -> int:
 def shrink(volume: Volume, blocks: int) -> int:
     """Give up to ``blocks`` unused blocks of the store back to the filesystem; returns how many."""
     store = volume.require_store()
-    keep = max(0, store.available - blocks)
-    free = store.available_runs()
-    # The first `keep` free blocks stay: the store's file ends as early as it can.
-    before = np.cumsum(free[:, 1]) - free[:, 1]
-    kept = np.clip(keep - before, 0, free[:, 1])
-    # Whole clusters only: the store's logical clusters are physical ones.
     unit = Filesystem.open(volume.require_engine()).geometry.cluster_blocks
-    start, end = -(-(free[:, 0] + kept) // unit) * unit, free.sum(axis=1) // unit * unit
-    withdrawn = np.stack([start, end - start], axis=1)[end > start]
+    withdrawn = unused_runs(store, blocks, unit)
     if not len(withdrawn):
         return 0
-    wanted = _without(store.root, withdrawn)
+    wanted = without(store.root, withdrawn)
     store.withdraw(withdrawn)
     try:
         resize(volume, wanted)
@@ -193,7 +184,22 @@ def shrink(volume: Volume, blocks: int) -> int:
     return int(withdrawn[:, 1].sum())
 
 
-def _without(root: Root, runs: Ints) -> Extents:
+def unused_runs(store: Store, blocks: int, unit: int) -> Ints:
+    """Logical runs (start, length) of about ``blocks`` free blocks of the store that can be given back, sorted.
+
+    Args:
+        unit: Blocks of a cluster: only whole ones go, the store's logical clusters are physical ones.
+    """
+    keep = max(0, store.available - blocks)
+    free = store.available_runs()
+    # The first `keep` free blocks stay: the store's file ends as early as it can.
+    before = np.cumsum(free[:, 1]) - free[:, 1]
+    kept = np.clip(keep - before, 0, free[:, 1])
+    start, end = -(-(free[:, 0] + kept) // unit) * unit, free.sum(axis=1) // unit * unit
+    return np.asarray(np.stack([start, end - start], axis=1)[end > start])
+
+
+def without(root: Root, runs: Ints) -> Extents:
     """The store's extents without the logical blocks in ``runs`` (start, length)."""
     bits = np.zeros((root.size_blocks + 7) // 8, np.uint8)
     set_runs(bits, root.extents[:, [0, 2]])
@@ -235,7 +241,7 @@ def move(volume: Volume, blocks: Ints, *avoid: ByteWindows) -> None:
             f"snapshot needs; nothing was changed",
             hint="delete a snapshot, or export this one instead",
         )
-    wanted = _without(store.root, runs_of(logical))
+    wanted = without(store.root, runs_of(logical))
     if count:
         wanted = graft.join(np.concatenate([wanted, graft.map_runs(runs_of(logical[moves]), runs)]))
     given_back = runs_of(logical[~moves])

@@ -610,13 +610,7 @@ class Engine:
             crcs = np.array([fmt.crc(copy) for copy in copies], np.uint32)
             copy = np.full(len(blocks), fmt.ZERO_COPY, np.int64)
             copy[filled] = logical
-            new = (
-                (np.diff(blocks, prepend=-2) != 1)
-                | (np.diff(mask.astype(np.int64), prepend=-1) != 0)
-                | np.where(filled, np.diff(copy, prepend=-2) != 1, np.diff(filled.astype(np.int8), prepend=2) != 0)
-            )
-            first, length = breaks_to_runs(new, RUN_MAX)
-            level = Level(blocks[first], length, copy[first], mask[first], np.zeros(len(first), np.int64), crcs)
+            level = _records(blocks, copy, mask, crcs)
             need = self.store.batch_bytes(len(new_masks), self.masks.words, len(level), len(crcs))
             if self.store.log_position + need > self.store.log_bytes:
                 self.fold()
@@ -630,6 +624,52 @@ class Engine:
         self.store.log_advance()
         self._masks_stored = self.masks.count
         self.index.add(level)
+
+    def adoptable(self, blocks: Ints) -> Ints:
+        """Those of sorted ``blocks`` whose content a snapshot still needs; nothing may be held."""
+        blocks = blocks[self.need.test(blocks + self.shift)]
+        return blocks[self.missing(blocks + self.shift).any(axis=1)] if len(blocks) else blocks
+
+    def own(self, extents: Ints, fresh: Ints) -> int:
+        """The store has ``extents`` now, those of before and ``fresh`` blocks (sorted); returns how many were adopted.
+
+        The filesystem has given the new blocks to the store's file already, durably.  Where one of them has content
+        that a snapshot still needs, it becomes a record whose copy is that very block (adoption): nothing is copied,
+        and from here on nobody else can write it.  What is durable when: before the commit nothing; after it the
+        extents and the records of the adopted blocks, with all records of the log.
+
+        Raises:
+            VolumeFull, OSError: The state in memory is to be read anew.
+        """
+        self.commit()
+        store, blocks = self.store, self.adoptable(fresh)
+        missing = self.missing(blocks + self.shift)
+        store.root.extents, store.root.size_blocks = extents, int((extents[:, 0] + extents[:, 2]).max())
+        store.set_extents(extents)
+        self.set_owned(extents)
+        if len(blocks):
+            copy = store.logical(blocks)
+            content = store.read_blocks(copy)
+            filled: npt.NDArray[np.bool_] = np.asarray(content.view(np.uint64).any(axis=1))
+            crcs = np.array([fmt.crc(block) for block in content[filled]], np.uint32)
+            store.mark_used(copy[filled])
+            copy[~filled] = fmt.ZERO_COPY
+            self.index.add(_records(blocks, copy, self.masks.intern(missing), crcs))
+            self.fold(commit=False)
+        store.commit()
+        return len(blocks)
+
+    def disown(self, extents: Ints) -> None:
+        """The store has only ``extents`` now; what it loses was taken out of service.  Durable on return.
+
+        The filesystem still gives those blocks to the store's file: it may free them from now on, not before.
+        """
+        self.commit()
+        store = self.store
+        store.root.extents, store.root.size_blocks = extents, int((extents[:, 0] + extents[:, 2]).max())
+        store.set_extents(extents)
+        self.set_owned(extents)
+        store.commit()
 
     def _shareable(self, blocks: Ints) -> Ints | None:
         """Where on the medium the content of blocks is as a copy has it: -1 for superblocks and a ragged last block."""
@@ -847,3 +887,22 @@ class Engine:
                 self.store.write_blocks(logical[part][index : index + 1], content)
         if len(logical):
             self.medium.flush()
+
+
+def _records(blocks: Ints, copy: Ints, mask: npt.NDArray[np.uint32], crcs: npt.NDArray[np.uint32]) -> Level:
+    """Records of single blocks (sorted), as long runs as can be.
+
+    Args:
+        blocks: int64[n].
+        copy: int64[n], the logical block of the copy, or ZERO_COPY.
+        mask: uint32[n], mask ids.
+        crcs: Of the copies, in order.
+    """
+    filled = copy != fmt.ZERO_COPY
+    new = (
+        (np.diff(blocks, prepend=-2) != 1)
+        | (np.diff(mask.astype(np.int64), prepend=-1) != 0)
+        | np.where(filled, np.diff(copy, prepend=-2) != 1, np.diff(filled.astype(np.int8), prepend=2) != 0)
+    )
+    first, length = breaks_to_runs(new, RUN_MAX)
+    return Level(blocks[first], length, copy[first], mask[first], np.zeros(len(first), np.int64), crcs)

@@ -188,6 +188,29 @@ def has_metadata(fs: Filesystem, root: Root) -> bool:
     return overlap(np.concatenate([root.allocation_runs(), metadata]))
 
 
+def has_all(data: Extents, extents: Extents) -> bool:
+    """Whether a file's blocks ``data`` hold all of ``extents``, logical block by logical block; more does no harm.
+
+    While the kernel grows the store it is the filesystem that has the new blocks first, and the header that lets go
+    of given-back ones first: then there is a surplus, until both agree again.
+    """
+    return np.array_equal(keep_logical(join(data), extents[:, [0, 2]]), join(extents))
+
+
+def is_left_by_kernel(fs: Filesystem, root: Root) -> bool:
+    """Whether the store is as a kernel mount left it: a surplus, blocks marked unwritten, or no longer immutable.
+
+    Raises:
+        FormatError: An inode or a node cannot be read.
+    """
+    found, inode = fs.file_map(root.store_inode), fs.inode(root.store_inode)
+    is_file = inode.i_mode & S_IFMT == S_IFREG and inode.i_links_count and not inode.i_dtime
+    if not is_file or not has_all(found.data, root.extents):
+        return False
+    surplus = not np.array_equal(join(found.data), join(root.extents))
+    return surplus or found.unwritten or not inode.i_flags & IMMUTABLE
+
+
 def is_marked_used(fs: Filesystem, root: Root) -> bool:
     """Whether both bitmaps of the filesystem call the store's inodes and blocks used; the store is whole."""
     if not (fs.inode_in_use(root.store_inode) and fs.inode_in_use(root.directory_inode)):
@@ -273,22 +296,22 @@ def _make_file(fs: Filesystem, directory: int, number: int, extents: Extents, ma
         fs.add_entry(directory, FILE_NAME, number, FT_REGULAR)
 
 
-def resize(
-    fs: Filesystem, store_inode: int, extents: Extents, mapping: Ints, wanted: Extents, avoid: ByteWindows
-) -> Ints:
+def resize(fs: Filesystem, store_inode: int, extents: Extents, wanted: Extents, avoid: ByteWindows) -> Ints:
     """Change the store's data blocks from ``extents`` to ``wanted``; returns its mapping blocks then.
 
-    Mapping blocks are reused in their order, so that nodes which do not change are not written.
+    Mapping blocks are reused in their order, so that nodes which do not change are not written.  What the inode has
+    beyond ``extents`` (a surplus, see `has_all`) goes back to the filesystem, and all blocks count as written.
     """
     old = fs.file_map(store_inode)
-    if not np.array_equal(join(old.data), join(extents)) or not np.array_equal(np.sort(old.mapping), np.sort(mapping)):
+    if not has_all(old.data, extents):
         raise StoreDamaged("the store's header and its inode do not agree", hint="run extsnap check")
-    fs.set_blocks(extents[:, 1:], False)
+    mapping = old.mapping
+    fs.set_blocks(old.data[:, 1:], False)
     fs.set_blocks(wanted[:, 1:], True)
     needed = fs.mapping_blocks_needed(wanted)
     if needed > len(mapping):
         # A block that is given back stays the store's until the change is committed, and no node can be written there.
-        more = fs.allocate_blocks(needed - len(mapping), avoid, _group_bits(fs, extents))
+        more = fs.allocate_blocks(needed - len(mapping), avoid, _group_bits(fs, old.data))
         mapping = np.concatenate([mapping, more])
     elif needed < len(mapping):
         surplus = mapping[needed:]
@@ -296,6 +319,10 @@ def resize(
         mapping = mapping[:needed]
     end = int((wanted[:, 0] + wanted[:, 2]).max())
     fs.set_file_map(store_inode, wanted, mapping, end * fs.geometry.block_size)
+    inode = fs.inode(store_inode)
+    if not inode.i_flags & IMMUTABLE:  # the growth of a kernel mount was interrupted
+        inode.i_flags |= IMMUTABLE
+        fs.write_inode(store_inode, inode)
     return mapping
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from extsnap.arrays import expand
+from extsnap.arrays import Ints, expand
 from extsnap.blockdev.base import Buffer, CloningDevice, Device
 from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.durable import Durable
@@ -57,6 +57,7 @@ from extsnap.snapshot.above import Above
 from extsnap.snapshot.check import note
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.full import fill, make_room, warning
+from extsnap.snapshot.growth import Growth, Reserve
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
 from extsnap.snapshot.moment import (
     fingerprint,
@@ -68,7 +69,7 @@ from extsnap.snapshot.moment import (
     require_clean,
 )
 from extsnap.snapshot.settings import note_dropped
-from extsnap.snapshot.store import Root, Store
+from extsnap.snapshot.store import Extents, Root, Store
 from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.warden import Warden
 from extsnap.sparsebits import SparseBits
@@ -131,6 +132,7 @@ class Volume:
     Attributes:
         above: What serves it, if anything does.
         stale: The header of a store without snapshots that the filesystem has elsewhere or no more.
+        growth: How the store grows while the kernel has the served volume mounted; None while it is not served.
         path: Absolute path of the image.
         name: The same with the partition, as the command line takes both; for messages.
         offset: Where the volume begins in the image, in bytes.
@@ -175,6 +177,7 @@ class Volume:
         self.mended: list[str] = []
         self.outside_write = False
         self._warden: Warden | None = None
+        self.growth: Growth | None = None
         self._lost = False  # a failed reload: without the engine nothing would be copied
         self._deferred: Deferred | None = None  # a repair: whole or not at all
         self._repair: Medium | None = None  # the same with superblocks as the medium below shows them
@@ -257,7 +260,7 @@ class Volume:
             where = "choose another partition with -P" if self.partition else "check the path"
             raise NotExtError(f"{self.name} holds {what}", hint=hint or where)
         fs = Filesystem.open(self.medium)
-        if self.writable and not self.medium.state.mark:  # the mark keeps all others away: then it was us
+        if self.writable and not (self.medium.state.mark or self.serving):  # the mark keeps all others away: it was us
             user = fs.mmp_user()
             if user:
                 path = f"{self.path}?offset={self.offset}" if self.offset else self.path  # as e2fsprogs take it
@@ -278,7 +281,7 @@ class Volume:
         store = Store.load(self.medium.device, slots, self.block_size, writable=self.writable)
         self.medium.set_offsets(store.root.superblocks)
         self.adopt(store)
-        if self.writable and not self.medium.state.mark:
+        if self.writable and not (self.medium.state.mark or self.serving):
             self._forget_stale()
 
     def _forget_stale(self) -> bool:
@@ -288,7 +291,8 @@ class Volume:
             return False
         fs = Filesystem.open(self.medium)
         try:
-            if graft.is_whole(fs, store.root) and graft.is_marked_used(fs, store.root):
+            is_ours = graft.is_whole(fs, store.root) or graft.is_left_by_kernel(fs, store.root)
+            if is_ours and graft.is_marked_used(fs, store.root):
                 return False
         except FormatError:  # a damaged bitmap is not the store's fault, and found again by whoever needs it
             return False
@@ -428,6 +432,9 @@ class Volume:
             StoreDamaged: Files have blocks or inodes of the store now; nothing was changed.
         """
         store = self.require_store()
+        if graft.is_left_by_kernel(fs, store.root):
+            edit.resize(self, store.root.extents)
+            fs = self.filesystem()
         if not graft.is_whole(fs, store.root) or not graft.is_marked_used(fs, store.root):
             edit.reassert(self)
             return
@@ -621,6 +628,8 @@ class Volume:
 
     def _watch(self) -> None:
         """While writes come from above and there are snapshots, a warden judges them; a replay is exempt."""
+        if self.growth is None and self.serving and not self.needs_replay and self.engine is not None:
+            self.growth = Growth(self)
         watched = self.serving and not self.needs_replay and self.engine is not None and bool(self.engine.snapshots)
         self._look_at = ALWAYS if watched else NEVER
         if not watched:
@@ -629,6 +638,40 @@ class Volume:
             self._warden = Warden(self)
         else:
             self._warden.locate()
+
+    def own(self, extents: Extents, fresh: Ints) -> None:
+        """The filesystem has given ``fresh`` blocks to the store, which has ``extents`` now; durable on return.
+
+        Raises:
+            ExtsnapError, OSError: It does not have them; nothing was changed.
+        """
+        try:
+            self.require_engine().own(extents, np.sort(fresh))
+        except BaseException:
+            self._reload()
+            raise
+        self._watch()
+
+    def disown(self, runs: Ints) -> None:
+        """Give up free logical ``runs`` of the store; durable on return: then the filesystem may free them.
+
+        Raises:
+            ExtsnapError, OSError: It still has them.
+        """
+        engine, store = self.require_engine(), self.require_store()
+        engine.commit()
+        try:
+            wanted = edit.without(store.root, runs)
+            store.withdraw(runs)
+            engine.disown(wanted)
+        except BaseException:
+            self._reload()
+            raise
+        self._copied_before -= int(runs[:, 1].sum())
+
+    def count_room(self, blocks: int) -> None:
+        """The store has so many free blocks more, by growth: that is no sign of how much a session uses."""
+        self._copied_before += blocks
 
     def _try_fold(self) -> None:
         """Write counts are worth a fold only where there is room for it: the log holds the records anyway."""
@@ -1033,6 +1076,15 @@ class Volume:
             StoreProtected: It would take the store from the filesystem; nothing was written.
             VolumeFull: There is no room for the copies; nothing was written.
         """
+        if self.growth is not None and self.growth.cookie is not None:
+            for at, piece in self.growth.cookie.sift(offset, data):
+                self._write(at, piece)
+        else:
+            self._write(offset, data)
+        if self.engine is not None and self.engine.left < self._look_at:
+            self._look_at_watermarks()
+
+    def _write(self, offset: int, data: Buffer) -> None:
         if self._warden is not None:
             self._warden.examine(offset, data)
         while True:
@@ -1041,8 +1093,6 @@ class Volume:
                 break
             except VolumeFull as refusal:
                 self._drop_for(refusal, offset, len(data))
-        if self.engine is not None and self.engine.left < self._look_at:
-            self._look_at_watermarks()
 
     def punch(self, offset: int, length: int) -> None:
         """Make a range of the base volume read as zeros; raises as `write`."""
@@ -1117,16 +1167,20 @@ class Volume:
         if self.engine is not None:
             self.engine.resize(self.size)
 
-    def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None:
+    def begin_serving(
+        self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False
+    ) -> None:
         """Get ready for writes from above: the store grows first, then mark and header say open.
 
-        The store takes the smaller of the bytes still to preserve and half of the free space.  What is written to a
+        The store takes the smaller of the bytes still to preserve and half of the free space.  With ``live`` it takes
+        no more than it needs until it can grow further through a kernel mount (`growth`).  What is written to a
         filesystem with snapshots that needs recovery, or may be repaired, waits until `end_serving`.
 
         Args:
             grow: False serves the volume as it is: for a replay.
             set_up: Give a volume without snapshots its store now, with room as if one had just been taken.
             repair: The command above may be the repair: serve a filesystem that needs one.
+            live: The kernel will mount it.  A volume that has no room for a store is served all the same.
 
         Raises:
             NeedsRecovery, VolumeDirty: It needs recovery, and this is no repair.
@@ -1138,9 +1192,10 @@ class Volume:
             fs.require_supported()
             require_clean(fs, self.name)
             if self.store is None and set_up:
-                edit.set_up(self)
+                with contextlib.suppress(*[VolumeFull] if live else []):
+                    edit.set_up(self)
             if self.store is not None:
-                self._grow_ahead()
+                self._grow_ahead(live=live)
         self.serving = True
         self._warned.clear()
         if self.engine is not None:
@@ -1155,12 +1210,15 @@ class Volume:
                     self._repair.set_offsets(self.medium.offsets)
         self._watch()
 
-    def _grow_ahead(self) -> None:
+    def _grow_ahead(self, *, live: bool = False) -> None:
         """Grow the store to what the session ahead may need, and bring a volume without snapshots to rest."""
         engine, store = self.require_engine(), self.require_store()
         fs = self.filesystem()
         half = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
         needed = engine.blocks_to_preserve() if engine.snapshots else self.preserved_now().total()
+        if live:
+            reserve = Reserve.of(fs, self.size)
+            needed = min(needed, reserve.in_flight + reserve.chunk)
         edit.grow(self, min(engine.blocks_for(needed) + MINIMUM_ROOM + engine.reserve() - store.available, half))
         if not engine.snapshots:
             self.settle()
@@ -1176,6 +1234,7 @@ class Volume:
         """
         self.base.flush()
         self.serving = False
+        self.growth = None
         self._watch()
         if self.engine is not None:
             self.engine.spared = 0

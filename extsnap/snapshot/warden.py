@@ -11,13 +11,17 @@ the filesystem knows the store are watched:
     its directory         the one block
 
 A write that leaves these bytes as they are passes: filesystems write inodes by the block, neighbours included.
-Any other is tried on an overlay first, and passes if the store's data blocks and its one name are the same there.
+Any other is tried on an overlay first, and passes if the store has all of its data blocks and its one name there.
+The kernel may have given it more (`growth`).  What it changed of the map reaches these blocks some time later, in any
+order, so from a growth on until the map is whole again (`Growth.unsettled`) a map that is not whole passes too, if
+the file is as long as the store: the engine lets nobody write to the store's data meanwhile.
 Flags, times and owners are nobody's business here, and the bitmaps are not watched: `Volume.end_serving` puts
 the store's bits back, and a write to a block that was given away in between hits the engine's own refusal.
 """
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
@@ -27,7 +31,7 @@ import numpy.typing as npt
 from extsnap.arrays import Ints
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.overlay import Overlay
-from extsnap.errors import ExtsnapError, StoreProtected
+from extsnap.errors import ExtsnapError, FormatError, StoreProtected
 from extsnap.ext.directory import parse_block
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.mapping import parse_extents, parse_indirect
@@ -62,8 +66,10 @@ class Warden:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._tables: set[int] = set()
+        self._whole = True  # whether the map was, in the write judged last
         self._inodes: list[int] = []
         self._moved = False
+        self._nodes: set[int] = set()
         self.locate()
 
     def locate(self) -> None:
@@ -81,7 +87,11 @@ class Warden:
             return
         parts = [*tables, *((at + low, at + high) for at in inodes for low, high in _INODE_PARTS)]
         size = fs.geometry.block_size
-        blocks = [root.directory_block, *root.mapping.tolist()]
+        nodes = set(root.mapping.tolist())
+        with contextlib.suppress(ExtsnapError):  # on its way from the journal, the map may not be whole at home yet
+            nodes |= set(fs.file_map(root.store_inode).mapping.tolist())
+        self._nodes = {block * size for block in nodes}
+        blocks = [root.directory_block, *nodes]
         parts += [(block * size, (block + 1) * size) for block in blocks]
         parts += [_MAGIC, _COUNT_LOW, _COUNT_HIGH]
         parts.sort()
@@ -120,7 +130,8 @@ class Warden:
         index = bisect_right(self._ends, offset)
         while index < len(self._starts) and self._starts[index] < offset + length:
             low, high = max(self._starts[index], offset), min(self._ends[index], offset + length)
-            if any(self._volume.base.pread(low, high - low)):
+            freed = self._unsettled and self._starts[index] in self._nodes  # a node that the kernel does without
+            if not freed and any(self._volume.base.pread(low, high - low)):
                 raise self._refusal(low, "would zero what says where the store is")
             index += 1
 
@@ -141,13 +152,16 @@ class Warden:
         if self._tables.issuperset(changed):
             return  # inode tables that move (a growing resize2fs): descriptors and superblock need not agree yet
         try:
-            wrong = self._wrong_with(overlay)
+            wrong = self._wrong_with(overlay, changed)
+            growth = volume.growth
+            if not wrong and growth is not None and not growth.under_way:
+                growth.unsettled = not self._whole
         except ExtsnapError as error:
             wrong = error.message
         if wrong:
             raise self._refusal(offset, f"would take the store from the filesystem ({wrong})")
 
-    def _wrong_with(self, overlay: Overlay) -> str:
+    def _wrong_with(self, overlay: Overlay, changed: list[int]) -> str:
         """What is wrong with the store on ``overlay``; empty if nothing is.
 
         Reads the bytes themselves: while a tool rewrites a volume (checksums off, another size of descriptors)
@@ -170,16 +184,30 @@ class Warden:
             return np.frombuffer(raw, np.uint8).reshape(len(blocks), size)
 
         end = overlay.size // size
-        if store.i_flags & InodeFlags.EXTENTS:
-            data = parse_extents(store.i_block, read, end, None).data
-        else:
-            data = parse_indirect(store.i_block, read, end, size).data
-        if not np.array_equal(graft.join(data), graft.join(root.extents)):
+        self._whole = False
+        try:
+            if store.i_flags & InodeFlags.EXTENTS:
+                data = parse_extents(store.i_block, read, end, None).data
+            else:
+                data = parse_indirect(store.i_block, read, end, size).data
+            self._whole = graft.has_all(data, root.extents)
+        except FormatError:
+            if not self._unsettled:
+                raise
+        # The inode that is at home may be one of before; one that comes now is not.
+        comes = any(self._inodes[0] <= at < self._inodes[0] + BASE_SIZE for at in changed)
+        cut = comes and store.i_size_lo | store.i_size_high << 32 < root.size_blocks * size
+        if not self._whole and (cut or not self._unsettled):
             return "its blocks are others"
         entries = parse_block(overlay.pread(root.directory_block * size, size), has_tail=False)
         if (root.store_inode, graft.FILE_NAME) not in {(entry.inode, entry.name) for entry in entries}:
             return "it has no name"
         return ""
+
+    @property
+    def _unsettled(self) -> bool:
+        growth = self._volume.growth
+        return growth is not None and growth.unsettled
 
     def _refusal(self, offset: int, what: str) -> StoreProtected:
         self.refused += 1

@@ -183,7 +183,11 @@ class FakeVolume:
     def serve_below(self, above: Above) -> None:
         self.above = above
 
-    def begin_serving(self, *, grow: bool = True, set_up: bool = False, repair: bool = False) -> None:
+    growth = None
+
+    def begin_serving(
+        self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False
+    ) -> None:
         if Path(self.path + ".refuse").exists():
             raise NeedsRecovery("refused to serve", hint="this is a test")
         self._state["mark"] = True

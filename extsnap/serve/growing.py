@@ -1,0 +1,206 @@
+"""The server's part in growth through a kernel mount: it passes on requests and answers, and never waits for either.
+
+Between two turns of the request loop the volume is asked what it wants (`extsnap.snapshot.growth`), the grower is
+told, and what it answered is made true a piece at a time.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from extsnap.errors import ExtsnapError
+from extsnap.serve import control
+from extsnap.serve.grower import Grower
+
+if TYPE_CHECKING:
+    from extsnap.serve.server import Server
+    from extsnap.snapshot.growth import Growth
+
+#: Requests between two looks at the room, while a kernel mount may use it up.
+_BURST = 64
+_PAUSED_MS = 200
+_PATIENCE = 10.0  # seconds
+
+
+@dataclass
+class _Holder:
+    """Who waits for room for its snapshot, and once answered was promised that nothing grows until it is made."""
+
+    client: control.Connection
+    result: dict[str, Any]
+    deadline: float
+    answered: bool = False
+
+
+class Growing:
+    """Growth of the store of one server's volume."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._grower: Grower | None = None
+        self._poll: select.poll | None = None
+        self._watching = False
+        self._told_mounted = False
+        self._next_late: float | None = None
+        self._holders: dict[int, _Holder] = {}
+
+    @property
+    def _growth(self) -> Growth | None:
+        volume = self._server.volume
+        return volume.growth if volume is not None and self._grower is not None else None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the grower has the mount: a filesystem that is unmounted meanwhile goes when it is done."""
+        growth = self._growth
+        return growth is not None and growth.under_way
+
+    @property
+    def descriptor(self) -> int:
+        """For poll; -1 if there is no grower."""
+        return self._grower.fileno() if self._grower is not None else -1
+
+    def start(self, others: list[int]) -> None:
+        """Start the grower, before anything else is opened; ``others`` are what it must not keep."""
+        self._grower = Grower.start(others)
+
+    def watch(self, poll: select.poll) -> None:
+        """Listen to it."""
+        self._poll = poll
+        if self._grower is not None:
+            poll.register(self._grower.fileno(), select.POLLIN)
+
+    def close(self) -> None:
+        """Hang up on it."""
+        self._holders.clear()
+        grower, self._grower = self._grower, None
+        if grower is not None:
+            if self._poll is not None:
+                self._poll.unregister(grower.fileno())
+            grower.close()
+
+    def burst(self, most: int) -> int:
+        """How many requests to serve before the next `turn`."""
+        return _BURST if self._told_mounted else most
+
+    def timeout(self, waiting: int | None) -> int | None:
+        """Milliseconds that the loop may sleep; ``waiting``: what it would do without us."""
+        growth = self._growth
+        if growth is None:
+            return waiting
+        if growth.at_work:
+            return 0
+        limits = [] if waiting is None else [waiting]
+        if self._next_late is not None:
+            limits.append(int(self._next_late * 1000) + 1)
+        if self._holders:
+            limits.append(50)
+        if growth.is_paused:
+            limits.append(_PAUSED_MS)
+        return min(limits, default=None)
+
+    def hear(self) -> None:
+        """Take in what the grower says."""
+        grower = self._grower
+        if grower is None:
+            return
+        messages = grower.receive()
+        growth = self._growth
+        if messages is None:
+            self._server.log("the process that grows the store is gone: it does not grow any more")
+            if growth is not None:
+                growth.forget()
+            self.close()
+            return
+        for message in messages:
+            if "do" in message and growth is not None:
+                wrong = growth.take(message)
+                if wrong:
+                    self._server.log(wrong)
+
+    def turn(self) -> None:
+        """What there is to do between two turns of the loop."""
+        files, growth, grower = self._server.files, self._growth, self._grower
+        if files is None or growth is None or grower is None:
+            self._told_mounted = False
+            return
+        if not self._watching:
+            self._watching = self._tell(self._where(growth))
+        if grower.mounted != growth.mounted:
+            growth.mounted = self._told_mounted = grower.mounted
+            growth.look_again()
+        files.lag = growth.lag if growth.mounted else None
+        self._next_late = files.acknowledge_late()
+        try:
+            request = growth.step() if growth.at_work else growth.due()
+        except (ExtsnapError, OSError) as error:
+            self._server.log(f"the store did not grow: {error}")
+            request = None
+        if request is not None and not self._tell(request):
+            growth.forget()
+        if self._holders:
+            self._answer_holders(growth)
+
+    def _tell(self, request: dict[str, Any]) -> bool:
+        return self._grower is not None and self._grower.send(request)
+
+    def _where(self, growth: Growth) -> dict[str, Any]:
+        config = self._server.config
+        return {
+            "do": "watch",
+            "file": f"{config.directory}/volume",
+            "disk": f"{config.directory}/disk" if config.partition else "",
+            "partition": config.partition,
+            "limit": growth.reserve.dirty_bytes,
+        }
+
+    # ---- room for a snapshot, before a freeze
+
+    def provision(self, client: control.Connection, result: dict[str, Any]) -> dict[str, Any] | None:
+        """Answer ``result`` when there is room for a snapshot and what may be in flight, and nothing is growing.
+
+        From the answer on nothing grows until this client has sent ``create`` or hung up: growth would wait for the
+        thaw.  With it comes ``provided``: whether the snapshot's own tables have room.  Growth that does not end (the
+        filesystem is frozen already) is waited for only so long.
+
+        Returns:
+            The answer, or None if it is given later.
+        """
+        growth = self._growth
+        if growth is None:
+            return result
+        growth.provision()
+        self._holders[id(client)] = _Holder(client, result, time.monotonic() + _PATIENCE)
+        self._answer_holders(growth)
+        return None
+
+    def _answer_holders(self, growth: Growth) -> None:
+        done = growth.is_provided
+        for holder in self._holders.values():
+            if holder.answered or not (done or time.monotonic() > holder.deadline):
+                continue
+            holder.answered = growth.held_back = True
+            holder.client.answer(holder.result | {"provided": growth.has_room_for_snapshot})
+            self._server.watch(holder.client)
+
+    def release(self, client: control.Connection) -> None:
+        """A client is gone, or has what it wanted."""
+        if self._holders.pop(id(client), None) is None or self._growth is None:
+            return
+        self._growth.held_back = any(holder.answered for holder in self._holders.values())
+        if not self._holders:
+            self._growth.provided()
+
+    def commanded(self, client: control.Connection, verb: str) -> None:
+        """A command was carried out: what is needed may be more or less."""
+        if verb == "create":
+            self.release(client)
+        growth = self._growth
+        if growth is not None:
+            if verb in ("delete", "strip"):
+                growth.shrink()
+            else:
+                growth.look_again()

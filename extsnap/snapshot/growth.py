@@ -1,0 +1,448 @@
+"""The store grows and shrinks while the kernel has the base volume mounted: how much, and what becomes of the answer.
+
+Offline extsnap edits the filesystem; while it is mounted only the kernel does.  So somebody above asks the kernel
+(`extsnap.serve.grower`, in a process of its own: every system call on that mount may wait for us), and this module
+decides what to ask for and takes in what came of it.  Nothing here waits for anything but our own medium.
+
+    Growth.due()      -> a request, or None: nothing to do, or one is under way
+    Growth.take()     <- the answer
+    Growth.step()     the next piece of it is made true, while `at_work`
+
+What is durable when
+--------------------
+* Growth is filesystem first: the answer comes when the file has its new blocks durably.  Until the header's commit
+  (`Engine.own`, one for each piece) they are a surplus that nobody writes to; a crash leaves it to the next open.
+* Shrinking is header first: `Engine.disown` is durable before the filesystem is asked to free the blocks.
+* The store's nodes are the kernel's meanwhile: the header's list of them is brought up to date offline, where blocks
+  that the kernel left unwritten are made written as well.
+
+How much (`Reserve`)
+--------------------
+What has been written above can arrive at any moment, with no mount left to grow through (the last unmount): it has
+room without any growth.  That is the *reserve*: pages that the loop device may keep dirty (its limit is set to that),
+the journal, our own hold.  Growth begins in good time before the reserve is touched, a *chunk* at a time; once it is
+touched, acknowledgements slow down (`Growth.lag`).  Where less is still to preserve than that, so much is enough.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from extsnap.arrays import Ints, expand
+from extsnap.blockdev.base import Buffer
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import edit, graft
+from extsnap.snapshot.engine import HOLD_BYTES
+from extsnap.snapshot.store import NO_BLOCKS, Extents
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.volume import Volume
+
+#: Bytes of pages that a loop device above may keep dirty: a share of the volume within these.
+DIRTY_LEAST, DIRTY_MOST, DIRTY_SHARE = 8 << 20, 128 << 20, 16
+CHUNK_LEAST, CHUNK_MOST = 16 << 20, 256 << 20
+#: One commit takes in at most so many new blocks: what the request loop does at once is bounded.
+PIECE_BLOCKS = 8192
+#: Logical runs that the filesystem is asked to free at once.
+PUNCH_RUNS = 256
+#: Seconds for which nothing is asked after an answer that brought nothing.
+PAUSE = 2.0
+#: Seconds in which writing may use up the whole reserve while it waits for growth; and the longest one waits.
+LAG_SECONDS, LAG_MOST = 1.0, 1.0
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Room that does not wait for growth, in blocks.
+
+    Attributes:
+        dirty_bytes: Pages that the loop device above may keep dirty.
+        in_flight: What may arrive without any growth.
+        chunk: How far ahead of that growth goes, and how much it asks for.
+    """
+
+    dirty_bytes: int
+    in_flight: int
+    chunk: int
+
+    @classmethod
+    def of(cls, fs: Filesystem, size: int) -> Reserve:
+        """For a volume of ``size`` bytes."""
+        block_size = fs.geometry.block_size
+        dirty = min(max(size // DIRTY_SHARE, DIRTY_LEAST), DIRTY_MOST)
+        journal = int(fs.journal.data_runs[:, 1].sum()) if fs.journal is not None else 0
+        in_flight = (dirty + HOLD_BYTES) // block_size + journal
+        chunk = min(max(in_flight, CHUNK_LEAST // block_size), CHUNK_MOST // block_size)
+        return cls(dirty, in_flight, chunk)
+
+
+class Cookie:
+    """The zero-fill of a growth on a filesystem that cannot allocate without writing (ext2, ext3).
+
+    The blocks that such a growth writes hold a random pattern that only we know.  It is never written to the medium:
+    where it arrives, the file has got a block, whose old content a snapshot may still need, and which stays.
+
+    Attributes:
+        pattern: 16 random bytes.
+        seen: Blocks at which the pattern arrived.
+    """
+
+    def __init__(self, pattern: bytes, block_size: int) -> None:
+        self.pattern = pattern
+        self._size = block_size
+        self._block = np.frombuffer(pattern * (block_size // len(pattern)), np.uint8)
+        self._seen: list[Ints] = []
+
+    @property
+    def seen(self) -> Ints:
+        """int64[n], sorted."""
+        return np.unique(np.concatenate(self._seen)) if self._seen else NO_BLOCKS
+
+    def sift(self, offset: int, data: Buffer) -> list[tuple[int, memoryview]]:
+        """What is left of a write without the blocks that hold the pattern: (offset, data) each."""
+        view, size = memoryview(data), self._size
+        if offset % size or len(view) % size:
+            return [(offset, view)]
+        rows = np.frombuffer(view, np.uint8).reshape(-1, size)
+        ours = (rows[:, :16] == self._block[:16]).all(axis=1)
+        if not ours.any():
+            return [(offset, view)]
+        ours[ours] = (rows[ours] == self._block).all(axis=1)
+        self._seen.append(np.flatnonzero(ours) + offset // size)
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], ours, [True]]))).reshape(-1, 2)
+        return [(offset + low * size, view[low * size : high * size]) for low, high in edges.tolist()]
+
+
+@dataclass
+class _Grant:
+    """New blocks that the filesystem gave and that are not made ours yet."""
+
+    rows: list[Extents] = field(default_factory=list)
+
+
+class Growth:
+    """Growing and shrinking the store of one served volume through a kernel mount.
+
+    Attributes:
+        reserve: See the module.
+        mounted: Whether there is a mount to grow through.
+        held_back: Whether nothing may be begun: somebody is about to freeze the filesystem.
+        unsettled: Whether the filesystem's home blocks may not say yet what the kernel knows of the store.
+        kernel_edits: Whether the kernel was asked to change the store's file since the volume is served.
+        cookie: That of the growth that is under way.
+    """
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        fs = volume.filesystem()
+        self.reserve = Reserve.of(fs, volume.size)
+        self._metadata = _metadata(fs)
+        self.mounted = False
+        self.held_back = False
+        self.unsettled = self.kernel_edits = False
+        self.cookie: Cookie | None = None
+        self._asked: str | None = None
+        self._grant: _Grant | None = None
+        self._wanted = 0
+        self._shrink = False
+        self._refused: Ints | None = None
+        self._retry_at = 0.0
+        self._left_then: int | None = None
+        self._left_seen = 0
+        self._unit = fs.geometry.cluster_blocks
+
+    # -- what to ask for --------------------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> bool:
+        """Whether an answer is awaited or still being made true."""
+        return self._asked is not None or self._grant is not None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._grant is not None
+
+    def _keep(self) -> int:
+        """Room, in copies, that is worth having while mounted."""
+        return min(self._volume.require_engine().blocks_to_preserve(), self.reserve.in_flight + self.reserve.chunk)
+
+    def provision(self) -> None:
+        """From now on have room for the tables of a snapshot as well, which is about to be taken."""
+        self._wanted = self._volume.snapshot_blocks() + edit.MINIMUM_ROOM
+        self.look_again()
+
+    def provided(self) -> None:
+        """It was taken, or will not be."""
+        self._wanted = 0
+        self.look_again()
+
+    def look_again(self) -> None:
+        """What is needed or free has changed otherwise than by writes."""
+        self._retry_at, self._left_then = 0.0, None
+
+    @property
+    def is_provided(self) -> bool:
+        """Whether what `provision` asked for is there, or cannot be had, and nothing is under way."""
+        return not self.under_way and (self._missing() <= 0 or not self.mounted or self.is_paused)
+
+    @property
+    def has_room_for_snapshot(self) -> bool:
+        """Whether its tables have room, whatever else had to be left out."""
+        engine, store = self._volume.require_engine(), self._volume.require_store()
+        return store.available >= engine.reserve() + self._wanted
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is asked for a while, because the last answer brought nothing."""
+        return time.monotonic() < self._retry_at
+
+    def _missing(self) -> int:
+        """Blocks that the store is short of what `provision` asked for."""
+        engine, store = self._volume.require_engine(), self._volume.require_store()
+        room = engine.blocks_for(min(self._keep(), self.reserve.in_flight)) if engine.snapshots else 0
+        return engine.reserve() + engine.spared + room + self._wanted - store.available
+
+    def shrink(self) -> None:
+        """Give back what is not worth keeping, as soon as that can be: something was deleted."""
+        self._shrink = True
+        self.look_again()
+
+    def due(self) -> dict[str, Any] | None:
+        """The next request, or None.  Cheap unless the room has changed much since it was looked at last."""
+        volume = self._volume
+        if not self.mounted or self.under_way or volume.engine is None or self.held_back:
+            return None
+        engine = volume.engine
+        if self._retry_at and time.monotonic() >= self._retry_at:
+            self.look_again()
+        if self._left_then is not None and engine.left >= self._left_then:
+            return None
+        if self._shrink:
+            request = self._give_back()
+            if request is not None:
+                return request
+            self._shrink = False
+        blocks = self._growth()
+        if blocks <= 0:
+            return None
+        return self._ask_for(blocks)
+
+    def _growth(self) -> int:
+        """Blocks to grow by now; 0, and when to look again, where there is enough."""
+        engine = self._volume.require_engine()
+        missing = self._missing() if self._wanted else 0
+        room = engine.room()
+        keep = self._keep() if engine.snapshots else 0
+        # Room for all that is to be preserved is often a few records short: not worth a growth of its own.
+        least = min(keep - keep // 16, self.reserve.in_flight + self.reserve.chunk // 2)
+        if room >= least and missing <= 0:
+            self._left_then = engine.left - max(1, (room - least) // 2)
+            return 0
+        return max(engine.blocks_for(max(0, keep - room)), missing + 64, 256)
+
+    def _ask_for(self, blocks: int) -> dict[str, Any]:
+        volume, store = self._volume, self._volume.require_store()
+        self.cookie = Cookie(volume.random_bytes(16), volume.block_size)
+        self._asked = "grow"
+        self.unsettled = self.kernel_edits = True
+        runs = graft.logical_runs(store.root.extents, -(-blocks // self._unit) * self._unit)
+        return {
+            "do": "grow",
+            "runs": runs.tolist(),
+            "room": self._volume.require_engine().left,
+            "cookie": self.cookie.pattern.hex(),
+            "block": volume.block_size,
+        }
+
+    def _give_back(self) -> dict[str, Any] | None:
+        """Take what is not worth keeping out of the header and ask the filesystem to free it, if there is any."""
+        engine, store = self._volume.require_engine(), self._volume.require_store()
+        keep = engine.reserve() + engine.spared + engine.blocks_for(self._keep() if engine.snapshots else 0)
+        spare = store.available - keep - self.reserve.chunk // 8
+        if spare <= 0:
+            return None
+        runs = edit.unused_runs(store, spare, self._unit)[-PUNCH_RUNS:]
+        if not len(runs):
+            return None
+        self._volume.disown(runs)
+        return self._ask_to_free(runs)
+
+    def _ask_to_free(self, runs: Ints) -> dict[str, Any]:
+        self._asked = "free"
+        self.unsettled = self.kernel_edits = True
+        root = self._volume.require_store().root
+        return {"do": "free", "runs": runs.tolist(), "end": root.size_blocks, "block": self._volume.block_size}
+
+    # -- what came of it --------------------------------------------------------------------------------
+
+    def take(self, answer: dict[str, Any]) -> str:
+        """Take in an answer; returns a line about what is wrong with it, or nothing.
+
+        Its extents are believed as far as they can be checked: they hold all that the store owns, and what is new
+        lies in the volume, is nobody's metadata, and (after a zero-fill) is where the pattern of this growth arrived.
+        """
+        asked, self._asked = self._asked, None
+        cookie, self.cookie = self.cookie, None
+        self.look_again()
+        if asked != "grow" or answer.get("error"):
+            if asked is not None:
+                self._pause()
+            return str(answer.get("error", ""))
+        if not answer.get("extents"):
+            self._pause()
+            return ""
+        rows = np.array(answer["extents"], np.int64).reshape(-1, 3)
+        wrong, new = self._verify(rows, cookie if answer.get("filled") else None)
+        if wrong:
+            self._pause()
+            return f"the growth of the store was not used: {wrong}"
+        count = int(new[:, 2].sum())
+        if not count:
+            self._pause()
+            return ""
+        engine = self._volume.require_engine()
+        engine.commit()
+        needed = sum(len(engine.adoptable(np.sort(expand(piece[:, 1], piece[:, 2])))) for piece in _pieces(new))
+        if 2 * needed > count:
+            # Taking it would bring no room, and go on until nothing is left of the free space.
+            self._grant = _Grant()
+            self._refused = new[:, [0, 2]]
+            return ""
+        self._grant = _Grant(_pieces(new))
+        return ""
+
+    def step(self) -> dict[str, Any] | None:
+        """Make the next piece of an answer true; returns a request where blocks go back at once.
+
+        Raises:
+            ExtsnapError, OSError: It could not be made true; the volume has to read its state anew.
+        """
+        grant = self._grant
+        if grant is None:
+            return None
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            self._grant = None
+            self._pause()
+            return self._ask_to_free(refused)
+        if not grant.rows:
+            self._grant = None
+            return None
+        volume = self._volume
+        engine, store = volume.require_engine(), volume.require_store()
+        piece, before = grant.rows.pop(0), store.available
+        try:
+            engine.commit()  # if this fails, what is held stays held
+            volume.own(graft.join(np.concatenate([store.root.extents, piece])), expand(piece[:, 1], piece[:, 2]))
+        except BaseException:
+            self._grant = None
+            self._pause()
+            raise
+        volume.count_room(store.available - before)
+        if not grant.rows:
+            self._grant = None
+        return None
+
+    def forget(self) -> None:
+        """Whoever was asked is gone: there will be no answer."""
+        self._asked, self._grant, self.cookie, self.mounted = None, None, None, False
+
+    def _pause(self) -> None:
+        """Ask for nothing for a while, or until a good part of the room that there is now is gone."""
+        left = self._volume.require_engine().left
+        self._retry_at, self._left_then = time.monotonic() + PAUSE, left - max(64, left // 8)
+
+    def _verify(self, rows: Extents, cookie: Cookie | None) -> tuple[str, Extents]:
+        """(what is wrong with a file's extents, or nothing; those of them that are new)."""
+        volume = self._volume
+        engine, store = volume.require_engine(), volume.require_store()
+        nothing = rows[:0]
+        if not len(rows) or rows.min() < 0 or (rows[:, 2] < 1).any():
+            return "an extent is impossible", nothing
+        rows = graft.join(rows)
+        by_place = rows[np.argsort(rows[:, 1], kind="stable")]
+        if (
+            (rows[:, 1] + rows[:, 2] > engine.blocks).any()
+            or (rows[:-1, 0] + rows[:-1, 2] > rows[1:, 0]).any()
+            or (by_place[:-1, 1] + by_place[:-1, 2] > by_place[1:, 1]).any()
+        ):
+            return "its extents overlap or leave the volume", nothing
+        extents = store.root.extents
+        if not graft.has_all(rows, extents):
+            return "the file does not have the store's blocks", nothing
+        gaps = graft.holes(extents)
+        end = int((extents[:, 0] + extents[:, 2]).max())
+        beyond = np.array([[end, max(0, engine.blocks - end)]], np.int64)
+        new = graft.keep_logical(rows, np.concatenate([gaps, beyond]))
+        new = new[new[:, 2] > 0]
+        if not len(new):
+            return "", new
+        root = store.root
+        taken = np.concatenate([self._metadata, np.array([[root.directory_block, 1]], np.int64)])
+        if _overlap(new[:, 1:], taken):
+            return "it holds blocks of the filesystem itself", nothing
+        if cookie is not None:
+            blocks = np.sort(expand(new[:, 1], new[:, 2]))
+            if not np.isin(blocks, cookie.seen).all():
+                return "the file's new blocks were not written by it", nothing
+        return "", new
+
+    # -- slowing down -----------------------------------------------------------------------------------
+
+    def lag(self) -> float:
+        """Seconds by which the acknowledgement of the write that was just made is late.
+
+        Nothing while the reserve is whole or no growth is under way, else more and more as the reserve is used up: so
+        that growth comes first.
+        """
+        engine = self._volume.engine
+        if engine is None:
+            return 0.0
+        copies, self._left_seen = self._left_seen - engine.left, engine.left
+        if copies <= 0 or not self.under_way:
+            return 0.0
+        room = engine.room()
+        if room >= self.reserve.in_flight:
+            return 0.0
+        # The rate falls with the square of what is left: that never comes to an end.
+        return min(LAG_MOST, copies * LAG_SECONDS * self.reserve.in_flight / max(1, room) ** 2)
+
+
+def _pieces(rows: Extents) -> list[Extents]:
+    """Rows cut so that each piece has at most `PIECE_BLOCKS` blocks."""
+    count = -(-rows[:, 2] // PIECE_BLOCKS)
+    owner = np.repeat(np.arange(len(rows)), count)
+    start = expand(np.zeros(len(rows), np.int64), count) * PIECE_BLOCKS
+    length = np.minimum(rows[owner, 2] - start, PIECE_BLOCKS)
+    cut = np.stack([rows[owner, 0] + start, rows[owner, 1] + start, length], axis=1)
+    total = np.cumsum(length)
+    pieces, low = [], 0
+    while low < len(cut):
+        before = int(total[low - 1]) if low else 0
+        high = max(low + 1, int(np.searchsorted(total, before + PIECE_BLOCKS, "right")))
+        pieces.append(cut[low:high])
+        low = high
+    return pieces
+
+
+def _metadata(fs: Filesystem) -> Ints:
+    """Runs (start, length) of the filesystem's own blocks, sorted: what the kernel never gives to a file."""
+    runs = fs.groups.metadata_runs(np.ones(fs.geometry.groups, np.bool_))
+    parts = [np.array([[0, fs.geometry.first_data_block + 1]], np.int64), runs]
+    if fs.journal is not None:
+        parts += [fs.journal.data_runs, np.array([[fs.journal.superblock_block, 1]], np.int64)]
+    return np.concatenate(parts)
+
+
+def _overlap(first: Ints, second: Ints) -> bool:
+    """Whether a run (start, length) of one list shares a block with one of the other."""
+    order = np.argsort(second[:, 0], kind="stable")
+    starts = second[order, 0]
+    reach = np.maximum.accumulate(second[order].sum(axis=1))
+    before = np.searchsorted(starts, first.sum(axis=1), "left") - 1
+    return bool(((before >= 0) & (reach[np.maximum(before, 0)] > first[:, 0])).any())

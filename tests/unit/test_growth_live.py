@@ -1,0 +1,206 @@
+"""What is believed of the kernel's answers, and what becomes of the blocks: without a kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from arena import make_volume
+
+import extsnap
+from extsnap.errors import StoreProtected
+from extsnap.snapshot import graft
+from extsnap.snapshot.growth import PIECE_BLOCKS, Cookie, Growth, Reserve, _overlap, _pieces
+
+FILE = bytes(range(256)) * 1024  # 256 KiB
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    """A served volume whose snapshot needs the blocks of a file that is gone, and these blocks."""
+    image = make_volume(tmp_path / "disk.img", "ext4", 32, "-b", "1024", files={"gone": FILE, "zeros": bytes(8192)})
+    blocks = oracle.file_blocks(image, "/gone").data_blocks
+    with extsnap.open(image) as volume:
+        volume.create("one")
+    copy = oracle.copy_image(image, tmp_path / "copy.img")
+    volume = extsnap.open(image)
+    volume.begin_serving()
+    try:
+        yield volume, blocks, copy
+    finally:
+        volume.close()
+
+
+def answer(volume, *rows: tuple[int, int, int]) -> dict[str, object]:
+    extents = volume.store.root.extents.tolist()
+    return {"do": "grow", "error": "", "filled": False, "extents": [*extents, *map(list, rows)]}
+
+
+def ask(volume) -> Growth:
+    growth = volume.growth
+    assert growth is not None
+    growth.mounted = True
+    assert growth.due() is None, "there is room for everything"
+    growth._wanted = volume.store.available
+    growth.look_again()
+    request = growth.due()
+    assert request is not None
+    assert request["do"] == "grow"
+    assert growth.due() is None, "one request at a time"
+    return growth
+
+
+def end_of(volume) -> int:
+    return int(volume.store.root.size_blocks)
+
+
+def free_run(volume, count: int) -> int:
+    return int(volume.filesystem().find_free(count, avoid=[volume.needed_groups()], min_run=count)[0, 0])
+
+
+def test_needed_blocks_are_adopted_and_nobody_writes_them_any_more(served) -> None:
+    volume, blocks, _ = served
+    growth, free = ask(volume), free_run(volume, 64)
+    before = volume.store.available
+    assert growth.take(answer(volume, (end_of(volume), int(blocks[0]), 20), (end_of(volume) + 20, free, 60))) == ""
+    while growth.at_work:
+        assert growth.step() is None
+    assert volume.store.available < before + 60  # 20 hold copies; the index that names them takes a few
+    assert volume.store.available > before + 50
+    with pytest.raises(StoreProtected):
+        volume.write(int(blocks[3]) * 1024, b"x" * 1024)
+    with volume.snapshots["one"].open() as view:
+        view.seek(int(blocks[0]) * 1024)
+        assert view.read(20 * 1024) == FILE[: 20 * 1024]
+    # All of the room is written: not one of the adopted blocks is taken for it.
+    store = volume.store
+    logical = store.allocate(store.available)
+    store.write_blocks(logical, b"\xee" * (len(logical) * 1024))
+    path = volume.path
+    volume.close()  # as a kill would
+    with extsnap.open(path, writable=False) as again, again.snapshots["one"].open() as view:
+        view.seek(int(blocks[0]) * 1024)
+        assert view.read(20 * 1024) == FILE[: 20 * 1024]
+
+
+def test_a_grant_that_is_mostly_needed_blocks_goes_back(served) -> None:
+    volume, blocks, _ = served
+    growth = ask(volume)
+    extents = volume.store.root.extents.copy()
+    end = end_of(volume)
+    assert growth.take(answer(volume, (end, int(blocks[0]), 40))) == ""
+    request = growth.step()
+    assert request is not None
+    assert (request["do"], request["runs"]) == ("free", [[end, 40]])
+    assert np.array_equal(volume.store.root.extents, extents)
+    assert growth.take({"do": "free", "error": ""}) == ""
+    growth._wanted = volume.store.available
+    assert growth.due() is None, "it stops for a while"
+
+
+@pytest.mark.parametrize(
+    ("rows", "wrong"),
+    [
+        ([(0, 1 << 40, 4)], "leave the volume"),
+        ([(0, 1, 4)], "filesystem itself"),
+        ([(0, -5, 4)], "impossible"),
+        ([(0, 9000, 0)], "impossible"),
+        ([(0, 9000, 8), (8, 9004, 8)], "overlap"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_not_believed(served, rows, wrong) -> None:
+    volume, _, _ = served
+    growth, end = ask(volume), end_of(volume)
+    extents = volume.store.root.extents.copy()
+    assert wrong in growth.take(answer(volume, *[(end + logical, place, count) for logical, place, count in rows]))
+    assert not growth.at_work
+    assert np.array_equal(volume.store.root.extents, extents)
+
+
+def test_a_map_without_the_stores_blocks_is_not_believed(served) -> None:
+    volume, _, _ = served
+    growth = ask(volume)
+    found = answer(volume, (end_of(volume), free_run(volume, 8), 8))
+    found["extents"][0][1] += 1  # type: ignore[index]
+    assert "does not have" in growth.take(found)
+
+
+def test_a_fill_counts_only_where_its_pattern_arrived(served) -> None:
+    volume, blocks, _ = served
+    growth, free, end = ask(volume), free_run(volume, 64), end_of(volume)
+    cookie = growth.cookie
+    assert cookie is not None
+    data = bytearray(cookie.pattern * (64 * 1024 // 16))
+    data[5 * 1024 : 6 * 1024] = b"somebody's".ljust(1024)
+    old = volume.read(free * 1024, 64 * 1024)
+    volume.write(free * 1024, data)
+    seen = volume.read(free * 1024, 64 * 1024)
+    assert seen[:5120] + seen[6144:] == old[:5120] + old[6144:], "the pattern was written"
+    assert seen[5120:6144] == b"somebody's".ljust(1024)
+    filled = answer(volume, (end, free, 64)) | {"filled": True}
+    assert "not written by it" in growth.take(filled)
+    growth._retry_at, growth._left_then = 0.0, None
+    assert growth.due() is not None
+    assert growth.cookie is not None
+    volume.write(free * 1024, growth.cookie.pattern * (64 * 1024 // 16))
+    volume.write(int(blocks[0]) * 1024, growth.cookie.pattern * (8 * 1024 // 16))
+    filled["extents"].append([end + 64, int(blocks[0]), 8])  # type: ignore[attr-defined]
+    assert growth.take(filled) == ""
+    growth.step()
+    assert int(volume.store.root.extents[:, 2].sum()) == end + 72
+    with volume.snapshots["one"].open() as view:
+        view.seek(int(blocks[0]) * 1024)
+        assert view.read(8 * 1024) == FILE[: 8 * 1024], "what the snapshot needs was lost under the fill"
+
+
+def test_sifting_a_write() -> None:
+    cookie = Cookie(b"0123456789abcdef", 1024)
+    ours, theirs = b"0123456789abcdef" * 64, b"0123456789abcdef" + bytes(1008)
+    left = cookie.sift(4096, ours + theirs + theirs + ours)
+    assert [(offset, bytes(data)) for offset, data in left] == [(5120, theirs + theirs)]
+    assert cookie.sift(0, ours) == []
+    assert cookie.seen.tolist() == [0, 4, 7]
+    assert cookie.sift(512, ours)[0][0] == 512, "what is no block is nobody's pattern"
+
+
+def test_pieces_and_overlaps() -> None:
+    rows = np.array([[0, 100, 3 * PIECE_BLOCKS + 5], [90000, 7, 2]], np.int64)
+    pieces = _pieces(rows)
+    assert all(piece[:, 2].sum() <= PIECE_BLOCKS for piece in pieces)
+    assert np.array_equal(graft.join(np.concatenate(pieces)), rows)
+    runs = np.array([[10, 5], [2, 1], [40, 100]], np.int64)
+    for first, hit in (((0, 2), False), ((0, 3), True), ((14, 1), True), ((15, 25), False), ((139, 9), True)):
+        assert _overlap(np.array([first], np.int64), runs) is hit
+
+
+def test_the_reserve_follows_volume_and_journal(tmp_path: Path) -> None:
+    small = make_volume(tmp_path / "small.img", "ext2", 32, "-b", "4096")
+    large = make_volume(tmp_path / "large.img", "ext3", 400, "-b", "4096", "-J", "size=8")
+    found = []
+    for image in (small, large):
+        with extsnap.open(image) as volume:
+            found.append(Reserve.of(volume.filesystem(), volume.size))
+    assert found[0].dirty_bytes == 8 << 20
+    assert found[1].dirty_bytes == 25 << 20
+    assert found[1].in_flight * 4096 == (25 << 20) + (32 << 20) + (8 << 20) - 4096
+
+
+def test_acknowledgements_are_late_only_while_growth_is_needed(served) -> None:
+    volume, blocks, _ = served
+    growth = ask(volume)
+    piece = b"x" * 8192
+
+    def write(number: int) -> float:
+        volume.write(int(blocks[0]) * 1024 + number * 8192, piece)
+        return growth.lag()
+
+    growth.lag()
+    growth.reserve = Reserve(0, 100, 100)
+    assert write(0) == 0.0, "the reserve is whole"
+    growth.reserve = Reserve(0, 1 << 40, 100)
+    assert 0.0 < write(1) <= 1.0
+    assert growth.lag() == 0.0, "nothing was written since"
+    growth.take({"do": "grow", "error": "", "extents": []})
+    assert write(2) == 0.0, "nothing is under way that could be waited for"
