@@ -73,6 +73,7 @@ class ServerConfig:
         private: The directory is ours: removed at the end.
         auto_end: End with the last user instead of by ``detach``.
         live: The kernel will mount it: the store grows with it, and a volume without one is given it.
+        set_up: Give a volume without snapshots its store now: whoever uses it later keeps it from being changed.
         lazy: Begin to serve for writing only when ``volume`` is opened for it.
         writeback: Let the kernel delay writes; without it a write that is refused fails at once.
         repair: What is run on the volume may be its repair.
@@ -88,6 +89,7 @@ class ServerConfig:
     private: bool = False
     auto_end: bool = False
     live: bool = False
+    set_up: bool = False
     lazy: bool = False
     writeback: bool = True
     repair: bool = False
@@ -267,7 +269,7 @@ class Server:
         if not self._begun:
             self._volume.begin_serving(
                 grow=not self._recovering,
-                set_up=self.config.live or not self.config.auto_end,
+                set_up=self.config.live or self.config.set_up or not self.config.auto_end,
                 repair=self.config.repair,
                 live=self.config.live,
             )

@@ -505,7 +505,7 @@ def mount(
         with client:
             _mount_from(client, hello["directory"], target, snapshot, scratch, allow_other)
         return
-    server = _start_for(place, lazy=snapshot is not None)
+    server = _start_for(place, lazy=snapshot is not None, live=snapshot is None and os.geteuid() == 0)
     try:
         if server.hello["needs_replay"]:
             _replay(place.name, server.keeper, server.directory)
@@ -516,10 +516,10 @@ def mount(
     server.let_go()
 
 
-def _start_for(place: Place, *, lazy: bool) -> Private:
-    """A server for a mount; a snapshot of an image that we may not write is served all the same."""
+def _start_for(place: Place, *, lazy: bool, live: bool = False, set_up: bool = False) -> Private:
+    """A server for a mount or for NBD; a snapshot of an image that we may not write is served all the same."""
     try:
-        return _private(place, lazy=lazy, live=not lazy and os.geteuid() == 0)
+        return _private(place, lazy=lazy, live=live, set_up=set_up)
     except ImageReadOnly:
         if not lazy:
             raise
@@ -579,7 +579,8 @@ def serve(
             with client:
                 _serve_from(client, hello, offer, listener, told)
             return
-        server = _start_for(place, lazy=snapshot is not None)
+        # A machine has the volume, not the kernel here: the store cannot grow with it, and has all of its room now.
+        server = _start_for(place, lazy=snapshot is not None, set_up=snapshot is None)
         try:
             if server.hello["needs_replay"]:
                 _replay(place.name, server.keeper, server.directory)

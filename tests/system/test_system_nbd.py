@@ -115,6 +115,19 @@ def gone(pid: int) -> bool:
     return not os.path.exists(f"/proc/{pid}")
 
 
+def test_the_first_snapshot_of_a_volume_that_is_in_use(serve: Serve, run_cli: Cli) -> None:
+    """Its filesystem cannot be changed any more: the store must be there."""
+    with arena() as top:
+        image = make_volume(top / "disk.img", "ext4", 24, "-b", "4096", files={"file": OLD})
+        with serve(image) as serving:
+            sh("qemu-io", "-f", "raw", "-c", "read 0 4096", serving.uri)
+            run_cli("create", image, "first")
+            listed = json.loads(run_cli("list", "--json", image).stdout)["snapshots"]
+            assert [(entry["name"], entry["consistency"]) for entry in listed] == [("first", "crash")]
+            serving.end()
+        oracle.assert_clean(image)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_volume_is_written(program: str, serve: Serve, call_cli: Cli) -> None:
     with arena() as top:
