@@ -5,8 +5,8 @@ makes none.  It forks this process before anything else, tells it in a line of J
 the same way; the request loop never waits for it (`extsnap.snapshot.growth` decides what is asked and what is
 believed of the answer).
 
-    -> {"do": "watch", "file": PATH, "disk": PATH, "partition": N, "limit": BYTES}
-    <- {"mounted": true}                                   whenever that changes
+    -> {"do": "watch", "file": PATH, "disk": PATH, "partition": N, "directory": PATH, "limit": BYTES, "cached": BYTES}
+    <- {"mounted": true, "limited": true}                  whenever that changes
     -> {"do": "grow", "runs": [[logical, blocks]], "room": BLOCKS, "cookie": HEX, "block": BYTES}
     <- {"do": "grow", "extents": [[logical, physical, blocks]], "filled": false, "error": ""}
     -> {"do": "free", "runs": [[logical, blocks]], "end": BLOCKS, "block": BYTES}
@@ -23,7 +23,9 @@ the kernel has no such call, a freeze and a thaw).  ext2 has no journal: all of 
 deleted before claims the blocks after a crash.
 
 *The dirty limit.*  The loop device under the mount may keep only so many dirty pages (``max_bytes`` with
-``strict_limit`` of its bdi, else the least of ``max_ratio``), so that what arrives without any growth is bounded.
+``strict_limit`` of its bdi), so that what arrives without any growth is bounded.  A kernel before Linux 6.2 has no such
+limit: there the least of ``max_ratio`` is set, and the server is told that it is not enough.
+The kernel's cache of the served file is limited likewise.
 These settings outlive the loop device, so they are put back when the mount is gone, and when the server is: this
 process hears of that, whatever ended it.
 """
@@ -84,6 +86,7 @@ class Grower:
 
     Attributes:
         mounted: Whether there is a kernel mount of the served file, as far as is known.
+        limited: Whether its dirty pages are limited.
     """
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
@@ -91,6 +94,7 @@ class Grower:
         self._pid = pid
         self._received = bytearray()
         self.mounted = False
+        self.limited = True
 
     @classmethod
     def start(cls, others: list[int]) -> Grower:
@@ -147,7 +151,7 @@ class Grower:
         found = [json.loads(line) for line in lines]
         for message in found:
             if "mounted" in message:
-                self.mounted = bool(message["mounted"])
+                self.mounted, self.limited = bool(message["mounted"]), bool(message["limited"])
         return found
 
     def close(self) -> None:
@@ -169,9 +173,9 @@ class Grower:
 class _Limit:
     """The settings of a bdi as they were, to be put back."""
 
-    loop: str  # /dev/loopN
     directory: Path
     settings: tuple[tuple[str, str], ...]
+    holds: bool  # whether that is enough to bound them
 
     def put_back(self) -> None:
         for name, value in self.settings:
@@ -179,19 +183,21 @@ class _Limit:
                 (self.directory / name).write_text(value)
 
 
-def _limit(loop: mounting.Loop, limit: int) -> _Limit:
-    """Let a loop device keep at most ``limit`` bytes of dirty pages, as far as this kernel can do that."""
-    directory = Path("/sys/class/bdi", loop.device)
+def _limit(device: str, limit: int) -> _Limit:
+    """Let a device ("major:minor") keep at most ``limit`` bytes of dirty pages, as far as this kernel can do that."""
+    directory = Path("/sys/class/bdi", device)
     before = []
     for name in ("strict_limit", "max_ratio_fine", "max_ratio"):
         with contextlib.suppress(OSError):
             before.append((name, (directory / name).read_text().strip()))
     if any(name == "max_ratio_fine" for name, _ in before):
         before = [(name, value) for name, value in before if name != "max_ratio"]
+    done = set()
     for name, value in (("strict_limit", "1"), ("max_ratio", "1"), ("max_bytes", str(limit))):
         with contextlib.suppress(OSError):  # the coarser one stays where the kernel has no finer one
             (directory / name).write_text(value)
-    return _Limit(loop.path, directory, tuple(before))
+            done.add(name)
+    return _Limit(directory, tuple(before), {"strict_limit", "max_bytes"} <= done)
 
 
 class _Process:
@@ -268,7 +274,10 @@ class _Process:
         """See whether there is a mount, limit its dirty pages, and put back what is not ours any more."""
         found = self._mount()
         if found is not None and self._watched is not None and found[0].path not in self._limits:
-            self._limits[found[0].path] = _limit(found[0], int(self._watched["limit"]))
+            served = mounting.fuse_mount_at(self._watched["directory"])
+            if served is not None:  # it goes with its settings: nothing to put back
+                _limit(served.device, int(self._watched["cached"]))
+            self._limits[found[0].path] = _limit(found[0].device, int(self._watched["limit"]))
         if self._limits and found is None:
             ours = {self._watched["file"], self._watched["disk"]} if self._watched else set()
             backed = {loop.path for loop in mounting.loops() if loop.backing in ours}
@@ -276,7 +285,8 @@ class _Process:
                 self._limits.pop(path).put_back()
         if self._watched is not None and (found is not None) != self._told:
             self._told = found is not None
-            self._tell({"mounted": self._told})
+            limit = self._limits.get(found[0].path) if found is not None else None
+            self._tell({"mounted": self._told, "limited": limit is None or limit.holds})
 
     def _carry_out(self, request: dict[str, Any]) -> None:
         answer: dict[str, Any] = {"do": request["do"], "error": ""}

@@ -131,6 +131,7 @@ class Growing:
             self._watching = self._tell(self._where(growth))
         if grower.mounted != growth.mounted:
             growth.mounted = self._told_mounted = grower.mounted
+            growth.limited = grower.limited
             growth.look_again()
         files.lag = growth.lag if growth.mounted else None
         self._next_late = files.acknowledge_late()
@@ -154,7 +155,9 @@ class Growing:
             "file": f"{config.directory}/volume",
             "disk": f"{config.directory}/disk" if config.partition else "",
             "partition": config.partition,
+            "directory": str(config.directory),
             "limit": growth.reserve.dirty_bytes,
+            "cached": growth.reserve.cached_bytes,
         }
 
     # ---- room for a snapshot, before a freeze

@@ -19,9 +19,10 @@ What is durable when
 How much (`Reserve`)
 --------------------
 What has been written above can arrive at any moment, with no mount left to grow through (the last unmount): it has
-room without any growth.  That is the *reserve*: pages that the loop device may keep dirty (its limit is set to that),
-the journal, our own hold.  Growth begins in good time before the reserve is touched, a *chunk* at a time; once it is
-touched, acknowledgements slow down (`Growth.lag`).  Where less is still to preserve than that, so much is enough.
+room without any growth.  That is the *reserve*: pages that the loop device, and the kernel's cache of the served file
+under it, may keep dirty (their limits are set to that), the journal, our own hold.  Growth begins in good time before
+the reserve is touched, a *chunk* at a time; once it is touched, acknowledgements slow down (`Growth.lag`).  Where less
+is still to preserve than that, so much is enough.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 #: Bytes of pages that a loop device above may keep dirty: a share of the volume within these.
 DIRTY_LEAST, DIRTY_MOST, DIRTY_SHARE = 8 << 20, 128 << 20, 16
+CACHED_SHARE = 2  # of that, once more in the kernel's cache of the served file
 CHUNK_LEAST, CHUNK_MOST = 16 << 20, 256 << 20
 #: One commit takes in at most so many new blocks: what the request loop does at once is bounded.
 PIECE_BLOCKS = 8192
@@ -61,11 +63,13 @@ class Reserve:
 
     Attributes:
         dirty_bytes: Pages that the loop device above may keep dirty.
+        cached_bytes: Pages that the kernel may keep dirty of the served file, between that loop device and us.
         in_flight: What may arrive without any growth.
         chunk: How far ahead of that growth goes, and how much it asks for.
     """
 
     dirty_bytes: int
+    cached_bytes: int
     in_flight: int
     chunk: int
 
@@ -75,9 +79,10 @@ class Reserve:
         block_size = fs.geometry.block_size
         dirty = min(max(size // DIRTY_SHARE, DIRTY_LEAST), DIRTY_MOST)
         journal = int(fs.journal.data_runs[:, 1].sum()) if fs.journal is not None else 0
-        in_flight = (dirty + HOLD_BYTES) // block_size + journal
+        cached = dirty // CACHED_SHARE
+        in_flight = (dirty + cached + HOLD_BYTES) // block_size + journal
         chunk = min(max(in_flight, CHUNK_LEAST // block_size), CHUNK_MOST // block_size)
-        return cls(dirty, in_flight, chunk)
+        return cls(dirty, cached, in_flight, chunk)
 
 
 class Cookie:
@@ -130,6 +135,8 @@ class Growth:
     Attributes:
         reserve: See the module.
         mounted: Whether there is a mount to grow through.
+        limited: Whether the kernel keeps the dirty pages of that mount within the reserve.  Where it cannot (before
+            Linux 6.2), all that is to be preserved is to have room in time, as far as it can be had.
         held_back: Whether nothing may be begun: somebody is about to freeze the filesystem.
         unsettled: Whether the filesystem's home blocks may not say yet what the kernel knows of the store.
         kernel_edits: Whether the kernel was asked to change the store's file since the volume is served.
@@ -142,6 +149,7 @@ class Growth:
         self.reserve = Reserve.of(fs, volume.size)
         self._metadata = _metadata(fs)
         self.mounted = False
+        self.limited = True
         self.held_back = False
         self.unsettled = self.kernel_edits = False
         self.cookie: Cookie | None = None
@@ -169,7 +177,8 @@ class Growth:
 
     def _keep(self) -> int:
         """Room, in copies, that is worth having while mounted."""
-        return min(self._volume.require_engine().blocks_to_preserve(), self.reserve.in_flight + self.reserve.chunk)
+        needed = self._volume.require_engine().blocks_to_preserve()
+        return min(needed, self.reserve.in_flight + self.reserve.chunk) if self.limited else needed
 
     def provision(self) -> None:
         """From now on have room for the tables of a snapshot as well, which is about to be taken."""
@@ -239,7 +248,9 @@ class Growth:
         room = engine.room()
         keep = self._keep() if engine.snapshots else 0
         # Room for all that is to be preserved is often a few records short: not worth a growth of its own.
-        least = min(keep - keep // 16, self.reserve.in_flight + self.reserve.chunk // 2)
+        least = keep - keep // 16
+        if self.limited:
+            least = min(least, self.reserve.in_flight + self.reserve.chunk // 2)
         if room >= least and missing <= 0:
             self._left_then = engine.left - max(1, (room - least) // 2)
             return 0
@@ -386,6 +397,10 @@ class Growth:
         taken = np.concatenate([self._metadata, np.array([[root.directory_block, 1]], np.int64)])
         if _overlap(new[:, 1:], taken):
             return "it holds blocks of the filesystem itself", nothing
+        # A node that the kernel freed and gave back as data: until the header's list of nodes is brought up to date, at
+        # rest, it is not data for us.
+        nodes = root.mapping // self._unit * self._unit
+        new = _without(new, expand(nodes, np.full(len(nodes), self._unit)))
         if cookie is not None:
             blocks = np.sort(expand(new[:, 1], new[:, 2]))
             if not np.isin(blocks, cookie.seen).all():
@@ -428,6 +443,18 @@ def _pieces(rows: Extents) -> list[Extents]:
         pieces.append(cut[low:high])
         low = high
     return pieces
+
+
+def _without(rows: Extents, blocks: Ints) -> Extents:
+    """Rows (that do not overlap) without these physical blocks, sorted."""
+    by_place = rows[np.argsort(rows[:, 1], kind="stable")]
+    index = np.searchsorted(by_place[:, 1], blocks, "right") - 1
+    blocks, index = blocks[index >= 0], index[index >= 0]
+    inside = blocks < by_place[index, 1] + by_place[index, 2]
+    out = np.sort(by_place[index[inside], 0] + blocks[inside] - by_place[index[inside], 1])
+    starts, ends = np.concatenate([[0], out + 1]), np.concatenate([out, [1 << 62]])
+    kept = ends > starts
+    return graft.keep_logical(rows, np.stack([starts, ends - starts], axis=1)[kept])
 
 
 def _metadata(fs: Filesystem) -> Ints:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 from arena import arena, make_volume
 
-from extsnap.serve import control, mounting
+from extsnap.serve import control, grower, mounting
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -25,12 +26,20 @@ pytestmark = pytest.mark.system
 
 MIB = 1 << 20
 PATIENCE = 180.0
+LONG = bool(os.environ.get("EXTSNAP_LONG"))
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 
 
 def content(seed: int, mebibytes: int) -> bytes:
     rng = random.Random(seed)
     return b"".join(rng.randbytes(MIB) for _ in range(mebibytes))
+
+
+def fill(path: Path) -> None:
+    """A file that takes all that is free."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def info(cli: Cli, image: Path) -> dict[str, object]:
@@ -46,6 +55,18 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.02)
+
+
+def options_of(mount: Path) -> str:
+    """Options of an ext filesystem that are in force."""
+    name = Path(mounting.mount_at(str(mount)).source).name  # type: ignore[union-attr]
+    return Path("/proc/fs/ext4", name, "options").read_text()
+
+
+def at_home(image: Path, blocks: np.ndarray) -> bytes:
+    """What these blocks of 4 KiB hold in an image's file."""
+    with image.open("rb", buffering=0) as file:
+        return b"".join(os.pread(file.fileno(), 4096, block * 4096) for block in blocks.tolist())
 
 
 def free_and_store(cli: Cli, image: Path, mount: Path) -> int:
@@ -158,6 +179,11 @@ def test_space_is_given_back_while_mounted_and_the_dirty_limit_put_back(run_cli:
             bdi = Path("/sys/class/bdi", loop.device)
             until(lambda: (bdi / "strict_limit").read_text().strip() == "1", "a limit of dirty pages")
             assert int((bdi / "max_bytes").read_text()) <= 16 * MIB
+            under = Path("/sys/class/bdi", mounting.fuse_mount_at(os.path.dirname(loop.backing)).device)  # type: ignore[union-attr]
+            until(
+                lambda: (under / "strict_limit").read_text().strip() == "1", "a limit of what the kernel caches below"
+            )
+            assert int((under / "max_bytes").read_text()) <= 8 * MIB
             with (mount / "big").open("r+b") as file:
                 file.write(content(4, 48))
                 os.fsync(file.fileno())
@@ -182,11 +208,8 @@ def test_freed_blocks_that_a_snapshot_needs_are_adopted(kind: str, run_cli: Cli)
     with arena() as top:
         options = ("-b", "4096", "-m", "0", "-N", "6000", *(() if kind == "ext2" else ("-J", "size=4")))
         image = make_volume(top / "disk.img", kind, 48, *options, files={"big": content(5, 6), **files})
-        with oracle.mounted(image, writable=True) as directory, (directory / "rest").open("wb") as rest:
-            with contextlib.suppress(OSError):
-                while True:
-                    rest.write(bytes(4096))
-                    rest.flush()
+        with oracle.mounted(image, writable=True) as directory:
+            fill(directory / "rest")
             for number, name in enumerate(names):
                 if number % 4 in (0, 1):
                     (directory / name).unlink()
@@ -210,10 +233,15 @@ def test_freed_blocks_that_a_snapshot_needs_are_adopted(kind: str, run_cli: Cli)
                 assert number % 4 in (0, 1) or (directory / name).read_bytes() == files[name]
 
 
-@pytest.mark.parametrize("kind", ["ext4", "ext3", "ext2"] if os.environ.get("EXTSNAP_LONG") else ["ext4"])
-def test_a_server_killed_while_it_grows(kind: str, run_cli: Cli) -> None:
+KILLED = [("ext4", ""), ("ext3", "journal_data"), ("ext3", ""), ("ext2", ""), ("ext4", "journal_data")]
+
+
+@pytest.mark.parametrize(("kind", "default"), KILLED if LONG else KILLED[:2])
+def test_a_server_killed_while_it_grows(kind: str, default: str, run_cli: Cli) -> None:
     with arena() as top:
         image = make_volume(top / "disk.img", kind, 200, "-b", "4096", "-m", "0", files={"big": content(6, 72)})
+        if default:
+            subprocess.run(["tune2fs", "-o", default, image], check=True, capture_output=True)
         run_cli("create", image, "one")
         copy = oracle.copy_image(image, top / "one.copy")
         mount = top / "mount"
@@ -230,6 +258,97 @@ def test_a_server_killed_while_it_grows(kind: str, run_cli: Cli) -> None:
         run_cli("create", image, "two")  # recovers first
         assert json.loads(run_cli("check", "--json", image).stdout)["ok"]
         judge(run_cli, image, copy, top)
+
+
+@pytest.mark.parametrize("kind", ["ext3", "ext4"])
+def test_a_journal_that_takes_data(kind: str, run_cli: Cli) -> None:
+    """The zero-fill of a growth goes through the journal, and is home before the blocks are used."""
+    with arena() as top:
+        options = ("-b", "4096", "-m", "0", "-J", "size=8")
+        image = make_volume(top / "disk.img", kind, 160, *options, files={"big": content(12, 60)})
+        subprocess.run(["tune2fs", "-o", "journal_data", image], check=True, capture_output=True)
+        new = content(13, 60)
+        with snapshot_and_mount(run_cli, image, top) as (mount, copy):
+            assert "data=journal" in options_of(mount)
+            room, before = int(info(run_cli, image)["store"]["room_bytes"]), store_bytes(run_cli, image)  # type: ignore[index]
+            assert room < 60 * MIB, "there was room for all of it: this test shows nothing"
+            with (mount / "big").open("r+b", buffering=0) as file:
+                for low in range(0, 60 * MIB, 4 * MIB):
+                    file.write(new[low : low + 4 * MIB])
+                    os.fsync(file.fileno())
+            assert store_bytes(run_cli, image) > before
+        with oracle.mounted(image) as directory:
+            assert (directory / "big").read_bytes() == new
+        judge(run_cli, image, copy, top)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "freeze"])
+def test_a_journal_is_emptied(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds is at home afterwards, by the kernel's own call or, without such a call, by a freeze."""
+    if way == "freeze":
+        monkeypatch.setattr(grower, "_EXT4_IOC_CHECKPOINT", 0x4004667B)
+    data = content(14, 1)
+    with arena() as top:
+        image = make_volume(top / "disk.img", "ext3", 32, "-b", "4096", files={"file": content(17, 1)})
+        blocks = oracle.file_blocks(image, "/file").data_blocks
+        with oracle.mounted(image, "data=journal", writable=True) as mount, (mount / "file").open("r+b") as file:
+            file.write(data)
+            file.flush()
+            with (mount / "other").open("wb") as other:  # its fsync commits what the transaction has of both
+                os.fsync(other.fileno())
+            assert at_home(image, blocks) == content(17, 1), "it never was in the journal only: this test shows nothing"
+            grower._empty_journal(file.fileno())
+            assert at_home(image, blocks) == data
+            file.write(b"thawed")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@pytest.mark.parametrize("kind", ["ext4", "ext3", "ext2"])
+def test_the_first_snapshot_of_a_mounted_volume(kind: str, run_cli: Cli) -> None:
+    """`mount` gives a volume its store, before the kernel has it; then a snapshot can be taken, and the store grows."""
+    with arena() as top:
+        image = make_volume(top / "disk.img", kind, 80, "-b", "4096", "-m", "0", files={"big": content(15, 24)})
+        mount = top / "mount"
+        mount.mkdir()
+        run_cli("mount", image, mount)
+        try:
+            before = store_bytes(run_cli, image)
+            run_cli("create", image, "one")
+            served = Path(info(run_cli, image)["attached"]["directory"])  # type: ignore[index]
+            copy = oracle.copy_image(served / "snapshots" / "one", top / "one.copy")
+            with oracle.mounted(copy) as then:
+                assert (then / "big").read_bytes() == content(15, 24)
+            with (mount / "big").open("r+b") as file:
+                file.write(content(16, 24))
+                os.fsync(file.fileno())
+            until(lambda: store_bytes(run_cli, image) > before, "growth")
+        finally:
+            run_cli("umount", mount)
+        with oracle.mounted(image) as directory:
+            assert (directory / "big").read_bytes() == content(16, 24)
+        oracle.assert_clean(image)
+        run_cli("export", image, "one", top / "one.export")
+        with oracle.mounted(top / "one.export") as then:
+            assert (then / "big").read_bytes() == content(15, 24)
+
+
+def test_a_volume_without_room_for_a_store_is_mounted(run_cli: Cli) -> None:
+    with arena() as top:
+        image = make_volume(top / "disk.img", "ext4", 16, "-b", "1024", "-m", "0")
+        with oracle.mounted(image, writable=True) as directory:
+            fill(directory / "rest")
+        mount = top / "mount"
+        mount.mkdir()
+        run_cli("mount", image, mount)
+        try:
+            assert info(run_cli, image)["store"] is None
+            run_cli("create", image, "one", status=1)
+            (mount / "rest").unlink()
+        finally:
+            run_cli("umount", mount)
+        run_cli("create", image, "one")
+        oracle.assert_clean(image)
 
 
 def test_what_the_kernel_left_is_made_whole_at_rest(run_cli: Cli) -> None:
