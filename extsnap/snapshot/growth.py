@@ -182,7 +182,7 @@ class Growth:
 
     def provision(self) -> None:
         """From now on have room for the tables of a snapshot as well, which is about to be taken."""
-        self._wanted = self._volume.snapshot_blocks() + edit.MINIMUM_ROOM
+        self._wanted = self._volume.snapshot_blocks_live() + edit.MINIMUM_ROOM
         self.look_again()
 
     def provided(self) -> None:
