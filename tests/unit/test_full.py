@@ -11,7 +11,7 @@ import pytest
 from lab import BLOCK, MemoryDevice
 
 from extsnap.errors import ExtsnapError, VolumeFull
-from extsnap.snapshot import settings
+from extsnap.snapshot import edit, settings
 from extsnap.snapshot.full import Fill
 from extsnap.snapshot.volume import Volume
 
@@ -303,5 +303,25 @@ def test_a_create_makes_room_for_itself() -> None:
     volume.create("third")
     assert volume.snapshot_names()[-1] == "third"
     assert "s0" not in volume.snapshot_names()
+    assert opened(device).verb("check")["store"]["ok"]
+    assert not lab.complaint(device.content)
+
+
+@pytest.mark.parametrize("free", [160, 320])
+def test_a_full_store_can_grow(free: int) -> None:
+    """A session takes half of what is free; its writes leave the room that the store's own growth needs."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    volume, _ = small(device, snapshots=1)
+    base = volume.read(0, volume.size)
+    filled = lab.changed_by_debugfs(base, "write {} n0", data=b"x" * (lab.survey(base).free - free) * BLOCK)
+    for offset, length in lab.changed_runs(base, filled, BLOCK):
+        volume.write(offset, filled[offset : offset + length])
+    assert volume.end_serving()
+    volume.create("second")
+    volume.begin_serving()
+    fill_up(volume, blocks_of_files(volume))
+    volume.flush()
+    assert edit.grow(volume, 20) >= 20
+    assert volume.end_serving()
     assert opened(device).verb("check")["store"]["ok"]
     assert not lab.complaint(device.content)

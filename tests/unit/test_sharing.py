@@ -195,3 +195,24 @@ def test_a_write_outside_extsnap_is_noticed() -> None:
     volume.verb("accept")
     volume.verb("create", name="two")
     assert not opened(device).outside_write
+
+
+def test_the_counting_bitmap_grows() -> None:
+    """The sixty-fifth snapshot has a second word of it; all of them keep what they had."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    volume = opened(device)
+    block = int(np.flatnonzero(survey(volume).files)[0])
+    for number in range(63):
+        volume.create(f"s{number}")
+    for number in range(63, 67):
+        volume.begin_serving(grow=False)
+        volume.write(block * lab.BLOCK, bytes([number]) * lab.BLOCK)
+        assert volume.end_serving()
+        volume.create(f"s{number}")
+    volume.begin_serving(grow=False)
+    volume.write(block * lab.BLOCK, b"last" * (lab.BLOCK // 4))
+    assert volume.end_serving()
+    again = opened(device)
+    for number in range(63, 67):
+        assert again.open_view(f"s{number}").pread(block * lab.BLOCK, 1) == bytes([number])
+    assert again.verb("check")["store"]["ok"]
