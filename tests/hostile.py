@@ -184,9 +184,9 @@ def seal_superblock(device: MemoryDevice) -> MemoryDevice:
     return device
 
 
-def sealed_superblock(**fields: Any) -> MemoryDevice:
+def sealed_superblock(source: bytes | None = None, **fields: Any) -> MemoryDevice:
     """The volume with other fields in the primary superblock."""
-    device = MemoryDevice(image())
+    device = MemoryDevice(image() if source is None else source)
     raw = device.pread(1024, 1024)
     superblock = codec.parse(Superblock, raw, "superblock")
     superblock.update(fields)
@@ -194,9 +194,9 @@ def sealed_superblock(**fields: Any) -> MemoryDevice:
     return seal_superblock(device)
 
 
-def sealed_group(number: int, **fields: int) -> MemoryDevice:
+def sealed_group(number: int, source: bytes | None = None, **fields: int) -> MemoryDevice:
     """The volume with other fields in a group descriptor."""
-    device = MemoryDevice(image())
+    device = MemoryDevice(image() if source is None else source)
     fs = Filesystem.open(Overlay(Medium(device), BLOCK), writable=True)
     for name, value in fields.items():
         fs.groups._table[name][number] = value

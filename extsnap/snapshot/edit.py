@@ -52,10 +52,12 @@ def set_up(volume: Volume) -> None:
 
     Raises:
         VolumeFull: No room; nothing was written.
+        FormatError: The filesystem is damaged; nothing was written.
     """
     volume.require_unused()
     overlay = Overlay(volume.medium, volume.block_size)
     fs = Filesystem.open(overlay, writable=True)
+    _ = fs.journal  # a snapshot and the fingerprint need it: what cannot be read is refused before the first write
     if volume.stale is not None:
         graft.remove_stale(fs, volume.stale, volume.now_seconds())
     blocks, log_blocks = initial_sizes(volume.size, volume.block_size)

@@ -130,7 +130,8 @@ class Engine:
             twins = fmt.parse_table(raw, fmt.HISTORY_TWIN_DTYPE, "history twins").astype(np.int64)
         self.history = History(self.rows, self.row_bytes, history, store.read_blocks, twins)
         if (fmt.BlobKind.HIDDEN, 0) in blobs:
-            hidden.load(self, fmt.parse_runs(store.read_blob(fmt.BlobKind.HIDDEN, 0), "hidden runs"))
+            kind = fmt.BlobKind.HIDDEN
+            hidden.load(self, store.first_whole(kind, 0, lambda copy: self._read_hidden(copy)))
         for batch in store.replay_log():
             hidden.load(self, batch.hides, batch.shows)
             if len(batch.masks):
@@ -165,6 +166,16 @@ class Engine:
             )
         except MemoryError as error:
             raise StoreDamaged(f"index {key}: {count} records are more than memory holds") from error
+
+    def _read_hidden(self, copy: int) -> Ints:
+        tables = self.store.read_table(fmt.BlobKind.HIDDEN, 0, fmt.RUN_DTYPE, copy)
+        count = self.store.blob_length(fmt.BlobKind.HIDDEN, 0) // fmt.RUN_DTYPE.itemsize
+        runs = np.zeros((count, 2), np.int64)
+        at = 0
+        for table in tables:
+            runs[at : at + len(table), 0], runs[at : at + len(table), 1] = table["start"], table["length"]
+            at += len(table)
+        return runs
 
     def _read_crcs(self, key: int, copy: int) -> npt.NDArray[np.uint32]:
         crcs = fmt.BlobKind.INDEX_CRCS

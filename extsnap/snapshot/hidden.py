@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extsnap.arrays import Ints, distinct, expand, runs_of
-from extsnap.errors import StoreDamaged, VolumeFull
+from extsnap.errors import VolumeFull
 from extsnap.snapshot import format as fmt
+from extsnap.snapshot import limits
 from extsnap.snapshot.index import RUN_MAX, Level
 from extsnap.snapshot.masks import mask_of
 from extsnap.sparsebits import SparseBits, parts, runs_of_rows
@@ -49,7 +50,11 @@ ROWS = 8
 WINDOW = 1 << 18
 #: Room that is left for new masks and for what records are rounded up to.
 MARGIN = 8
+#: Runs that are set at once while opening.
+LOADED = 1 << 16
 _RUN_BYTES = fmt.RUN_DTYPE.itemsize
+#: Hidden runs up to which punches hide.
+RUNS_MAX = limits.TABLE_BYTES[fmt.BlobKind.HIDDEN] // _RUN_BYTES // 2
 _NO_ROWS: Ints = np.zeros(0, np.int64)
 _NO_RUNS: Ints = np.zeros((0, 2), np.int64)
 
@@ -178,13 +183,15 @@ def load(engine: Engine, runs: Ints, shows: Ints = _NO_RUNS) -> None:
     """While opening: runs of blocks from the blob, or from a batch of the log.
 
     Raises:
-        StoreDamaged: One lies outside the volume.
+        StoreDamaged: One lies outside the volume, or they are not sorted and apart.
     """
-    for some in (runs, shows):
-        if len(some) and (some.min() < 0 or (some[:, 1] < 1).any() or (some[:, 0] > engine.blocks - some[:, 1]).any()):
-            raise StoreDamaged("hidden runs: one lies outside the volume")
     shift = np.array([engine.shift, 0])
-    engine.hidden.load(runs + shift, shows + shift)
+    for some in (runs, shows):
+        limits.require_hidden(some, engine.blocks)
+    for low in range(0, len(runs), LOADED):
+        engine.hidden.load(runs[low : low + LOADED] + shift, _NO_RUNS)
+    for low in range(0, len(shows), LOADED):
+        engine.hidden.load(_NO_RUNS, shows[low : low + LOADED] + shift)
 
 
 def needed_runs(engine: Engine, start: int, stop: int) -> Ints | None:
@@ -213,6 +220,12 @@ def require_room(engine: Engine, runs: int, copies: int) -> None:
     Raises:
         VolumeFull: Nothing was changed.
     """
+    # Writes that reveal split runs: they may make twice as many of them before the table is full.
+    if engine.hidden.runs + runs > RUNS_MAX:
+        raise VolumeFull(
+            f"a discard would hide {runs} more runs of blocks, and there are {engine.hidden.runs} already",
+            hint="stop serving the volume and serve it again: that gives them back",
+        )
     blocks = 2 * -(-runs * _RUN_BYTES // engine.block_size) + copies  # the blob has a second copy
     if blocks > engine.room():
         raise VolumeFull(

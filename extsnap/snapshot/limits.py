@@ -14,6 +14,7 @@ import numpy as np
 from extsnap.errors import StoreDamaged, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import PART_RECORDS, RUN_MAX, Level
+from extsnap.snapshot.medium import PRIMARY_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ TABLE_BYTES: dict[int, int] = {
     fmt.BlobKind.HISTORY: 128 << 20,
     fmt.BlobKind.HISTORY_TWINS: 128 << 20,
     fmt.BlobKind.REDO: 256 << 20,
+    fmt.BlobKind.HIDDEN: 128 << 20,
     # Read a piece at a time: one of each of the 2^32 blocks that a volume can have.
     fmt.BlobKind.CHECKSUMS: 4 << 32,
     fmt.BlobKind.INDEX: (1 << 25) * fmt.RECORD_DTYPE.itemsize,
@@ -64,6 +66,9 @@ def require_root(root: Root, device_blocks: int) -> None:
     size = int((root.extents[:, 0] + root.extents[:, 2]).max()) if len(root.extents) else 0
     if size > STORE_BLOCKS:
         raise StoreDamaged(f"root: a store of {size} blocks is impossible")
+    primary = PRIMARY_OFFSET // root.block_size
+    if ((root.extents[:, 1] <= primary) & (primary < root.extents[:, 1:].sum(axis=1))).any():
+        raise StoreDamaged("root: the store cannot have the superblock's block")  # it would read as zeros
     if root.log_blocks * root.block_size > LOG_BYTES:
         raise StoreDamaged(f"root: a log of {root.log_blocks} blocks is impossible")
     if len(root.blobs) > BLOBS or len(root.superblocks) > SUPERBLOCKS:
@@ -161,6 +166,18 @@ def require_sparse(levels: Sequence[Level], bits: int) -> None:
     crowded = np.flatnonzero(reach > 2 * RUN_MAX * bits)
     if len(crowded):
         raise StoreDamaged(f"index: more records at block {int(span[crowded[0]]) * RUN_MAX} than there can be")
+
+
+def require_hidden(runs: np.ndarray[Any, Any], blocks: int) -> None:
+    """Refuse runs of hidden blocks that nobody writes so: a million of them over all of a volume take hours to set.
+
+    Raises:
+        StoreDamaged: One lies outside the volume, or they are not sorted and apart.
+    """
+    if len(runs) and (runs.min() < 0 or (runs[:, 1] < 1).any() or (runs[:, 0] > blocks - runs[:, 1]).any()):
+        raise StoreDamaged("hidden runs: one lies outside the volume")
+    if (runs[1:, 0] < runs[:-1].sum(axis=1)).any():
+        raise StoreDamaged("hidden runs: two have the same blocks")
 
 
 def require_once(records: Level, name: str) -> None:

@@ -157,6 +157,10 @@ class Root:
             outside = len(runs) and (runs.min() < 0 or runs.max() > size or runs.sum(axis=1).max() > size)
             if outside or (len(runs) and runs[:, 1].sum() > size):
                 raise StoreDamaged(f"root: blob {kind}.{key} lies outside the store")
+            # All its blocks are read: a few bytes must not claim the whole store.
+            length = self.blobs[kind, key].length
+            if len(runs) and runs[:, 1].sum() > -(-length // self.block_size):
+                raise StoreDamaged(f"root: blob {kind}.{key} of {length} bytes has more blocks than it needs")
 
     def build(self) -> bytes:
         """The root's bytes: its sections."""
