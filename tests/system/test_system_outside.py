@@ -45,8 +45,18 @@ def fuse2fs(image: Path) -> None:
 
 
 def zap(image: Path) -> None:
-    block = int(oracle.file_blocks(image, "/f1").data_blocks[3])
-    run("debugfs", "-w", "-R", f"zap_block -p 0x5a {block}", image)
+    run("debugfs", "-w", "-R", "zap_block -f /f1 -p 0x5a 3", image)
+
+
+def overwrite(image: Path) -> None:
+    """What dd does."""
+    overwrite_at(image, int(oracle.file_blocks(image, "/f1").data_blocks[5]))
+
+
+def overwrite_at(image: Path, block: int) -> None:
+    with image.open("r+b") as file:
+        file.seek(block * BLOCK)
+        file.write(b"\x5a" * BLOCK)
 
 
 #: By name: the action, and whether the fingerprint sees it, with the guard and without.
@@ -58,7 +68,9 @@ ACTIONS: dict[str, tuple[Callable[[Path], object], tuple[bool, bool]]] = {
     "tune2fs-L": (lambda image: run("tune2fs", "-L", "outside", image), (True, True)),
     "e2fsck-fy": (lambda image: run("e2fsck", "-fy", image), (True, True)),
     "fuse2fs": (fuse2fs, (True, True)),
+    "debugfs-sif": (lambda image: run("debugfs", "-w", "-R", "sif /f1 mtime 0x5a5a5a5a", image), (False, False)),
     "zap-block": (zap, (False, False)),
+    "dd": (overwrite, (False, False)),
 }
 
 
@@ -133,14 +145,14 @@ def test_an_outside_write(action: str, guard: bool) -> None:
             found = blocks_of(np.array(entry.get("blocks", []), np.int64).reshape(-1, 2))
             assert found == expected, name
             states[name] = "damaged" if expected else "ok"
-            assert ("/f1" in entry.get("files", [])) == (action == "zap-block"), name
+            assert ("/f1" in entry.get("files", [])) == (action in ("debugfs-sif", "zap-block", "dd")), name
         with extsnap.open(image, writable=False) as volume:
             assert {entry["name"]: entry["state"] for entry in volume.verb("list")["snapshots"]} == states
         if action == "tune2fs-L":
             assert states == {"old": "ok", "new": "damaged"}
 
 
-@pytest.mark.parametrize("action", [name for name in ACTIONS if name != "zap-block"])
+@pytest.mark.parametrize("action", [name for name in ACTIONS if name != "dd"])
 def test_nobody_writes_after_a_kill(action: str) -> None:
     """The dirty mark keeps every tool away; the next command completes what there is, and no snapshot is at risk."""
     with arena() as top:
@@ -158,3 +170,22 @@ def test_nobody_writes_after_a_kill(action: str) -> None:
             assert not volume.outside_write
             assert {entry["state"] for entry in volume.verb("list")["snapshots"]} == {"ok"}
         assert session.check(str(killed), quick=True)["ok"]
+
+
+def test_what_heeds_no_mark_after_a_kill_is_found_by_the_checksums() -> None:
+    """dd asks nobody: the next command completes what there is, and a check names block, file and snapshots."""
+    with arena() as top:
+        image = history(top, guard=True)
+        block = int(oracle.file_blocks(image, "/f1").data_blocks[5])
+        volume = extsnap.open(image)
+        volume.begin_serving()
+        volume.write(4096, volume.read(4096, BLOCK))
+        volume.flush()
+        killed = oracle.copy_image(image, top / "killed.img")
+        volume.close()
+        overwrite_at(killed, block)
+        with extsnap.open(killed):
+            pass
+        for entry in session.check(str(killed), quick=True)["snapshots"]:
+            assert entry["blocks"] == [[block, 1]]
+            assert entry["files"] == ["/f1"]
