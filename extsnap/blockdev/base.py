@@ -10,7 +10,9 @@ buffering: the durability contract is the one of a disk with a volatile write ca
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
 
@@ -30,6 +32,25 @@ class ReadableDevice(Protocol):
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset``: the same as pread, without a copy."""
         ...
+
+
+#: A read that takes longer than this had to wait for the disk.
+_WAITED_SECONDS = 50e-6
+
+
+def read_pieces(device: ReadableDevice, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    """Fill buffers from offsets all over a device, one by one; disks are given all the rest at once when one was slow.
+
+    That is done by the device's ``expect(offset, length)``, if it has one: a hint that a range is read soon.
+    """
+    expect: Any = getattr(device, "expect", None)
+    for index, (offset, buffer) in enumerate(pieces, 1):
+        start = time.perf_counter()
+        device.readinto(offset, buffer)
+        if expect is not None and time.perf_counter() - start > _WAITED_SECONDS:
+            for later, wanted in pieces[index:]:
+                expect(later, len(wanted))
+            expect = None
 
 
 class Device(ReadableDevice, Protocol):

@@ -50,6 +50,12 @@ class Durable:
         """Read from the device below."""
         self.below.readinto(offset, buffer)
 
+    def expect(self, offset: int, length: int) -> None:
+        """A hint to the device below, if it takes any."""
+        expect = getattr(self.below, "expect", None)
+        if expect is not None:
+            expect(offset, length)
+
     def _touch(self, offset: int, length: int) -> None:
         first, last = offset >> _BITS, (offset + length - 1) >> _BITS
         if first == last:

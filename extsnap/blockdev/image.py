@@ -7,6 +7,7 @@ a part, is there for other programs: ``flock -n``, ``sfdisk --lock`` and udev se
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -217,6 +218,11 @@ class ImageFile:
                 done += count
         except OSError as error:
             raise _failure(error, f"reading {len(buffer)} bytes", self.path, at) from error
+
+    def expect(self, offset: int, length: int) -> None:
+        """Have the host begin to read a range that is wanted soon; only a hint, whatever becomes of it."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor, offset + self.start, length, os.POSIX_FADV_WILLNEED)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write all of ``data``.  Not durable before `flush`.

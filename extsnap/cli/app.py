@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from extsnap.cli import inspection, interruptible, output, serving, snapshots, transfer
 from extsnap.cli.failure import INTERRUPTED, REFUSED, USAGE, Failed, OutputClosed, describe
-from extsnap.cli.options import Command, Version
+from extsnap.cli.options import Command, Program, Version
 from extsnap.errors import ExtsnapError
 
 PROGRAM = "extsnap"
@@ -30,6 +30,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name=PROGRAM,
+    cls=Program,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

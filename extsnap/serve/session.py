@@ -17,7 +17,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import writers
@@ -33,11 +33,14 @@ from extsnap.errors import (
     VolumeFull,
 )
 from extsnap.ext.locate import Place, locate
-from extsnap.serve import checking, clearing, commands, control, live, moment, mounting, nbd, remote, tools
+from extsnap.serve import clearing, commands, control, live, moment, mounting, remote, tools
 from extsnap.serve.contract import DEFAULT_FACTORY, EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
 from extsnap.serve.private import CLOSE_PATIENCE, Private, pass_on, pidfd, wait_gone
 from extsnap.serve.server import ENDED_BADLY, SAID, Server, ServerConfig, spawn
+
+if TYPE_CHECKING:  # imported where they are used: `list` needs neither, and is run often
+    from extsnap.serve import nbd
 
 FACTORY = DEFAULT_FACTORY
 """Name of what opens a volume; tests serve volumes of their own."""
@@ -567,6 +570,8 @@ def serve(
         ServerError: The address cannot be had, or the program or the volume's server ended by itself.
         ExtsnapError, OSError: As ``attach`` does.
     """
+    from extsnap.serve import nbd
+
     offer = nbd.Offer(snapshot, scratch, nbd.choose(program), address.tls)
     place = _place(image, partition)
     # The address first: one that cannot be had leaves everything as it is.
@@ -596,6 +601,8 @@ def _serve_from(
     client: ControlClient, hello: dict[str, Any], offer: nbd.Offer, listener: socket.socket, told: Callable[[], None]
 ) -> None:
     """Serve a file of a server that runs by NBD, until a signal ends that."""
+    from extsnap.serve import nbd
+
     directory = str(hello["directory"])
     with contextlib.ExitStack() as stack:
         if offer.snapshot is None:
@@ -861,6 +868,8 @@ def check(image: str, names: Sequence[str] = (), quick: bool = False, partition:
         SnapshotNotFound: A name that is none.
         NeedsRecovery: The image carries the dirty mark and nobody serves it.
     """
+    from extsnap.serve import checking
+
     place = _place(image, partition)
     served = control.connect(_key(place))
     if served is not None:

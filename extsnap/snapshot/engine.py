@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of, set_positions
-from extsnap.blockdev.base import Buffer
+from extsnap.blockdev.base import Buffer, read_pieces
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import hidden, limits
@@ -610,10 +610,12 @@ class Engine:
         old = np.zeros((len(blocks), size), np.uint8)
         view = old.reshape(-1).data
         first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
+        pieces = []
         for index, count in zip(first.tolist(), length.tolist(), strict=True):
             offset = int(blocks[index]) << self._bits
             end = min(offset + (count << self._bits), self.size)
-            self.medium.readinto(offset, view[index * size : index * size + end - offset])
+            pieces.append((offset, view[index * size : index * size + end - offset]))
+        read_pieces(self.medium, pieces)
         filled = old.view(np.uint64).any(axis=1)
         logical = self.store.allocate(int(filled.sum()))
         try:

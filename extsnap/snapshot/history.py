@@ -27,6 +27,8 @@ Write = Callable[[Ints, Bits], None]
 
 #: Group rows kept unpacked for the write path, at most this many bytes.
 CACHE_BYTES = 64 << 20
+#: Bitmaps kept for reading views in order.
+LAST_BITMAPS = 16
 
 
 class History:
@@ -52,6 +54,7 @@ class History:
         self.row_bytes = row_bytes
         self._read = read
         self._cache: OrderedDict[int, tuple[Bits, Words]] = OrderedDict()
+        self._last: dict[int, Bits] = {}  # by entry: the bitmaps that views were read by last
         self._alive: list[tuple[int, int]] = []
         self._words = 1
         if len(table) and int(table["row"].max()) >= rows:
@@ -71,6 +74,7 @@ class History:
         self._crc = self.table["crc"].astype(np.int64)
         self._bounds = np.searchsorted(self._row, np.arange(self.rows + 1))
         self._cache.clear()
+        self._last.clear()
 
     def reaches(self, rows: int) -> bool:
         """Whether an entry lies behind the first ``rows`` rows."""
@@ -222,9 +226,22 @@ class History:
             first, last = int(self._bounds[row]), int(self._bounds[row + 1])
             entry = first + int(np.searchsorted(self._id[first:last], snapshot_id, "right")) - 1
             if entry >= first:
-                self._load(np.array([entry]), out[row - low : row - low + 1])
-        bits = np.unpackbits(out.reshape(-1), bitorder="little").astype(np.bool_)
-        return bits[start - low * per_row : stop - low * per_row]
+                out[row - low] = self._bitmap(entry)
+        origin = (start - low * per_row) // 8
+        bits = np.unpackbits(out.reshape(-1)[origin : -(-(stop - low * per_row) // 8)], bitorder="little")
+        begin = start - low * per_row - 8 * origin
+        return bits[begin : begin + stop - start].view(np.bool_)
+
+    def _bitmap(self, entry: int) -> Bits:
+        """uint8[row_bytes]: one bitmap.  A view is read in order: its next piece is in the same row."""
+        found = self._last.get(entry)
+        if found is None:
+            loaded = np.zeros((1, self.row_bytes), np.uint8)
+            self._load(np.array([entry]), loaded)
+            while len(self._last) >= LAST_BITMAPS:
+                self._last.pop(next(iter(self._last)))
+            found = self._last[entry] = loaded[0]
+        return found
 
     # -- writing ----------------------------------------------------------------------------------------
 

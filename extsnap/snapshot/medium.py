@@ -121,6 +121,12 @@ class Medium:
             low, high = max(at, offset), min(at + SUPERBLOCK_BYTES, end)
             buffer[low - offset : high - offset] = self.superblock(at)[low - at : high - at]
 
+    def expect(self, offset: int, length: int) -> None:
+        """A hint to the device, if it takes any."""
+        expect = getattr(self.device, "expect", None)
+        if expect is not None:
+            expect(offset, length)
+
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write from above: superblocks get the guard, the mark and the pointer, each in one write.
 

@@ -40,7 +40,7 @@ from extsnap.arrays import (
     set_runs,
     test_bits,
 )
-from extsnap.blockdev.base import Buffer, CloningDevice, Device
+from extsnap.blockdev.base import Buffer, CloningDevice, Device, read_pieces
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import limits
@@ -571,8 +571,10 @@ class Store:
         view = out.reshape(-1).data
         physical = self.physical(logical) if len(logical) else NO_BLOCKS
         first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
-        for index, count in zip(first.tolist(), length.tolist(), strict=True):
-            self.device.readinto(int(physical[index]) * size, view[index * size : (index + count) * size])
+        offsets = (physical[first] * size).tolist()
+        ends = (first + length).tolist()
+        slices = [view[index * size : end * size] for index, end in zip(first.tolist(), ends, strict=True)]
+        read_pieces(self.device, list(zip(offsets, slices, strict=True)))
         return out
 
     def carry(self, extents: Extents) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import images
+import oracle
 import pytest
 
 from extsnap import errors
@@ -660,6 +662,24 @@ def test_help_and_list_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.split() == []
+
+
+def test_list_imports_only_what_it_needs(tmp_path: Path) -> None:
+    """Nothing is converted by pydantic, which takes as long as numpy; NBD and check are other commands."""
+    image = oracle.copy_image(images.image("ext4-1k"), tmp_path / "disk.img")
+    code = (
+        "import sys; from extsnap.cli.app import main\n"
+        "assert main(sys.argv[1:3]) == main(sys.argv[3:]) == 0\n"
+        "heavy = {'pydantic', 'extsnap.serve.nbd', 'extsnap.serve.checking', 'rich.progress'}\n"
+        "print(*sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    words = ["create", image, "list", image]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == ""
+    # Values that are not texts are still converted, and refused, by typer.
+    wrong = process("list", image, "--partition", "one")
+    assert wrong.returncode == 2
+    assert "--partition" in wrong.stderr
 
 
 def test_help_is_quick() -> None:
