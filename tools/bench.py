@@ -6,6 +6,7 @@ not single times, and more is better.  Needs root and loop devices for the data 
 qemu-img for the peer; rows that cannot be measured are left out, with a line that says so.
 
     tools/bench --json new.json --compare old.json     everything, about half an hour
+    tools/bench --json new.json --docs                 the same, into docs/PERFORMANCE.md
     tools/bench --only loop --only mounted             the data path
     tools/bench --quick                                everything in small: shows that it runs, measures nothing
 """
@@ -21,7 +22,7 @@ import bench_processes as processes
 import bench_served as served
 from bench_contenders import ROOT, why_no_peer
 from bench_growth import bench_growth
-from bench_rows import Row, compare, from_json, machine, table, to_json
+from bench_rows import Row, compare, from_json, machine, markdown, put_between, table, to_json
 
 SECTIONS = ("start", "loop", "mounted", "view", "tree", "verbs", "open", "open16", "records", "create", "growth")
 MOUNTING = ("loop", "mounted", "view", "tree", "verbs", "create", "growth")
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="small sizes, few runs: whether it runs; goals do not count"
     )
     parser.add_argument("--plots", metavar="DIR", type=Path, help="write the growth plots there (docs: docs/img)")
+    parser.add_argument("--docs", action="store_true", help="put table and plots into docs/PERFORMANCE.md and docs/img")
     parser.add_argument("--no-peer", action="store_true", help="leave qcow2 out: it takes most of the time")
     parser.add_argument("--direct-io", action="store_true", help="direct I/O for the loop devices of raw and qcow2 too")
     parser.add_argument("--directory", metavar="DIR", type=Path, help="where the images go (40 GiB; TMPDIR)")
@@ -70,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--records", type=int, default=10_000_000, help="records of the section records")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
+    if options.docs:
+        options.plots = options.plots or ROOT / "docs" / "img"
     old = from_json(options.compare.read_text()) if options.compare else []
     left_out = "left out" if options.no_peer else why_no_peer()
     unserved = served.why_not_served()
@@ -90,6 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(note)
     if old:
         print("\n" + compare(old, rows))
+    if options.docs:
+        document = ROOT / "docs" / "PERFORMANCE.md"
+        where = f"{before['cores']} cores, {before['processor']}, Linux {before['kernel']}, Python {before['python']}"
+        load = f"load {before['load'][0]:.1f} before, {machine()['load'][0]:.1f} after"
+        text = "\n\n".join([f"{where}; {load}.", markdown(rows), *notes])
+        document.write_text(put_between(document.read_text(), "tools/bench", text))
     if options.json:
         about = {"machine": before, "load_after": machine()["load"], "quick": options.quick, "notes": notes}
         options.json.write_text(to_json(rows, {**about, "direct_io": options.direct_io, "seed": options.seed}))

@@ -133,11 +133,16 @@ def bench_growth(directory: Path, images: Path | None, runs: int, *, quick: bool
     """All of it; the plots go to ``images``."""
     snapshots, records = (SNAPSHOTS[:2], RECORDS[:2]) if quick else (SNAPSHOTS, RECORDS)
     sizes = dict(list(VOLUMES.items())[:2]) if quick else VOLUMES
-    plots = {}
+
+    def plot(name: str, *panels: Panel) -> None:
+        if images is not None:
+            images.mkdir(parents=True, exist_ok=True)
+            (images / f"growth-{name}.svg").write_text(svg(panels))
+
     with_snapshots = by_snapshots(directory, snapshots, runs)
     rows = as_rows("snapshots", "snapshots", "s", with_snapshots)
     title = "in one process, by the number of snapshots"
-    plots["growth-snapshots"] = [Panel(title, "snapshots", "seconds", with_snapshots)]
+    plot("snapshots", Panel(title, "snapshots", "seconds", with_snapshots))
     seconds, memory = by_records(directory, records, runs)
     rows += as_rows("records", "records", "s", seconds) + as_rows(
         "records/memory", "records, peak memory", "MiB", memory
@@ -147,19 +152,17 @@ def bench_growth(directory: Path, images: Path | None, runs: int, *, quick: bool
             row.limit = 3
         if row.key == f"growth/records/memory/list/{RECORDS[-1]}":
             row.limit = 1024
-    plots["growth-records"] = [
+    plot(
+        "records",
         Panel("time by records", "records", "seconds", seconds),
         Panel("memory by records", "records", "MiB", memory),
-    ]
+    )
     seconds, memory = by_size(directory, list(sizes.values()), runs)
     rows += as_rows("size", "GiB", "s", seconds) + as_rows("size/memory", "GiB, peak memory", "MiB", memory)
     ticks = {float(size): name for name, size in sizes.items()}
-    plots["growth-size"] = [
+    plot(
+        "size",
         Panel("time by size", "size of the (sparse) volume", "seconds", seconds, ticks),
         Panel("memory by size", "size of the (sparse) volume", "MiB", memory, ticks),
-    ]
-    if images is not None:
-        images.mkdir(parents=True, exist_ok=True)
-        for name, panels in plots.items():
-            (images / f"{name}.svg").write_text(svg(panels))
+    )
     return rows

@@ -11,7 +11,7 @@ from html import escape
 #: Told apart by the colour-blind, and on white and black alike (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 40, 46
+LEFT, RIGHT, BOTTOM, LINE = 64, 28, 46, 13
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def panel(chart: Panel, left: float) -> list[str]:
     marks = decades(min(values), max(values))
     ticks = chart.ticks or {at: number(at) for at in decades(positions[0], positions[-1])}
     across = _scale(min(*ticks, *positions), max(*ticks, *positions), left + LEFT, left + WIDTH - RIGHT)
-    up = _scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
+    top = 34 + LINE * max(1, len(chart.series) - 1)  # below the names of the series
+    up = _scale(marks[0], marks[-1], HEIGHT - BOTTOM, top)
     parts = [_text(left + LEFT, 20, chart.title, ' font-weight="bold"')]
     for mark in marks:
         parts.append(
@@ -72,7 +73,7 @@ def panel(chart: Panel, left: float) -> list[str]:
     for at, name in ticks.items():
         parts.append(_text(across(at), HEIGHT - BOTTOM + 16, name, ' text-anchor="middle"'))
     parts.append(_text(left + (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.across, ' text-anchor="middle"'))
-    parts.append(_text(left + LEFT, 34, chart.up, ' fill="#555"'))
+    parts.append(_text(left + LEFT, top - 8, chart.up, ' fill="#555"'))
     for index, (name, points) in enumerate(chart.series.items()):
         colour = COLOURS[index % len(COLOURS)]
         path = []
@@ -85,7 +86,7 @@ def panel(chart: Panel, left: float) -> list[str]:
             )
         parts.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}"/>')
         legend = left + WIDTH - RIGHT - 4
-        parts.append(_text(legend, 20 + 13 * index, name, f' text-anchor="end" fill="{colour}"'))
+        parts.append(_text(legend, 20 + LINE * index, name, f' text-anchor="end" fill="{colour}"'))
     return parts
 
 

@@ -142,7 +142,8 @@ count = int(sys.argv[2])
 volume.create("many")
 engine, store = volume.engine, volume.store
 size = volume.block_size
-edit.grow(volume, count + 3 * count * 32 // size + 4096)
+# The index is there twice, and its next version beside it.
+edit.grow(volume, count + 6 * count * 36 // size + 8192)
 owned = store.root.extents
 # Every other block, so that no two records are neighbours; the copies are holes of the image: nobody reads them here.
 blocks = np.arange(count, dtype=np.int64) * 2 + 65536

@@ -117,6 +117,32 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows as a table for documents; those of growth are left to the plots."""
+    lines = ["| what | median | least | most | goal | met |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row.values and not row.key.startswith("growth/"):
+            met = "" if row.met is None else "yes" if row.met else "**no**"
+            goal = "" if row.limit is None else row.goal
+            figures = " | ".join(f"{figure:.3g}" for figure in (row.median, min(row.values), max(row.values)))
+            unit = "" if row.unit == "x" else f" ({row.unit})"
+            lines.append(f"| {row.name}{unit} | {figures} | {goal} | {met} |")
+    return "\n".join(lines)
+
+
+def put_between(document: str, marker: str, text: str) -> str:
+    """A document with other text between two comments that name ``marker``.
+
+    Raises:
+        ValueError: It has no such comments.
+    """
+    begin, end = f"<!-- {marker}: begin -->\n", f"<!-- {marker}: end -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"the document has no place for {marker}")
+    before, _, rest = document.partition(begin)
+    return before + begin + text.rstrip("\n") + "\n" + end + rest.partition(end)[2]
+
+
 def machine() -> dict[str, Any]:
     """Where it was measured, and how busy that was."""
     model = ""

@@ -260,7 +260,7 @@ def bench_data(directory: Path, sizes: Sizes, way: str, *, peer: bool, direct_io
 
 def bench_view(directory: Path, sizes: Sizes, *, peer: bool, direct_io: bool, seed: int) -> list[Row]:
     """Sequential read of a snapshot that was overwritten in many scattered blocks since."""
-    pristine = pristine_image(directory, sizes.view_mib * 3 // 2 + 256, {"view": sizes.view_mib}, seed)
+    pristine = pristine_image(directory, sizes.view_mib * 3 + 256, {"view": sizes.view_mib}, seed)
     layout = Layout(pristine)
     all_of_them = contenders(directory, pristine, peer, direct_io)
     blocks = random.Random(seed).sample(range(sizes.view_mib * MIB // BLOCK), sizes.view_records)

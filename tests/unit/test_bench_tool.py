@@ -107,6 +107,25 @@ def test_the_table_shows_median_least_and_most() -> None:
     assert lines[2].split() == ["none", "-", "-", "-", "s", "-", "-"]
 
 
+def test_a_document_gets_the_table() -> None:
+    """Growth is left to the plots; what stands around the place stays."""
+    rows = [
+        Row("a", "work", "x", [3.0, 1.0, 2.0], 2.5, True),
+        Row("b", "time", "s", [0.25], 1.0),
+        Row("growth/x", "left out", "s", [1.0]),
+        Row("c", "empty", "s", []),
+    ]
+    table = bench_rows.markdown(rows)
+    assert table.splitlines()[2:] == [
+        "| work | 2 | 1 | 3 | >= 2.5 x | **no** |",
+        "| time (s) | 0.25 | 0.25 | 0.25 | <= 1 s | yes |",
+    ]
+    document = "before\n<!-- it: begin -->\nold\n<!-- it: end -->\nbehind\n"
+    assert bench_rows.put_between(document, "it", "new") == document.replace("old", "new")
+    with pytest.raises(ValueError, match="no place for other"):
+        bench_rows.put_between(document, "other", "new")
+
+
 def test_plots_have_points_where_the_values_are() -> None:
     """Two decades across and up: twice as far is ten times as much, and the line goes from least to most."""
     series = {"a & b": {1.0: [0.01, 0.02, 0.01], 10.0: [0.1], 100.0: [1.0, 0.1, 1.0]}}
