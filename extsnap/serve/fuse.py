@@ -35,6 +35,7 @@ requests, and nothing here starts a thread or touches the mount from above.
 from __future__ import annotations
 
 import errno
+import heapq
 import mmap
 import os
 import stat
@@ -87,7 +88,8 @@ DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type
 KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
 _KEPT = 1 << 30  # seconds
-_LATEST = 0.5  # seconds by which an acknowledgement is late at most
+_LATEST = 5.0  # seconds by which an acknowledgement is late at most
+_SMALL, _LATEST_SMALL = 16 << 10, 0.05  # the same for what may be metadata, for which others wait
 
 ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, DISK_NODE, SCRATCH_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 4, 5, 16
 FIRST_SCRATCH_NODE = 1 << 62
@@ -214,7 +216,8 @@ class FuseFiles:
         self._mode = 0o600 if like is None else like.st_mode & 0o666
         # Acknowledgements that are late: when they are due (monotonic), and what they acknowledge.
         self.lag: Callable[[], float] | None = None
-        self._late: deque[tuple[float, int, int]] = deque()
+        self._late: list[tuple[float, int, int]] = []  # a heap
+        self._last_late = 0.0
         self._started = int(time.time())
         self._changed = self._started
         self._touched = False
@@ -453,9 +456,11 @@ class FuseFiles:
             self._heads.append(offset + size)
         if self.lag is not None and (delay := self.lag()):
             now = time.monotonic()
-            last = self._late[-1][0] if self._late else 0.0
-            # One after the other, but what is waited for may stand behind them: none for long.
-            self._late.append((min(max(last, now) + delay, now + _LATEST), unique, size))
+            if size <= _SMALL:
+                due = now + min(delay, _LATEST_SMALL)
+            else:  # one after the other: many may be on their way at once
+                due = self._last_late = min(max(self._last_late, now) + delay, now + _LATEST)
+            heapq.heappush(self._late, (due, unique, size))
             return
         self._written(unique, size)
 
@@ -474,16 +479,21 @@ class FuseFiles:
         WRITE_OUT.pack_into(reply, OUT_HEADER.size, size, 0)
         self._send(unique, [reply])
 
-    def acknowledge_late(self) -> float | None:
+    def acknowledge_late(self, reason: Callable[[], bool]) -> float | None:
         """Acknowledge the writes whose time has come; returns the seconds until that of the next, if there is one.
 
-        Where there is no reason to wait any more, that is all of them.
+        Where there is no ``reason`` to wait any more, that is all of them.
         """
+        if self._late and (self.lag is None or not reason()):
+            self._last_late = 0.0
+            for _, unique, size in sorted(self._late):
+                self._written(unique, size)
+            self._late.clear()
         while self._late:
             wait = self._late[0][0] - time.monotonic()
-            if wait > 0 and self.lag is not None:
+            if wait > 0:
                 return wait
-            _, unique, size = self._late.popleft()
+            _, unique, size = heapq.heappop(self._late)
             self._written(unique, size)
         return None
 

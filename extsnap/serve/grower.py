@@ -19,8 +19,8 @@ that an unmount at that moment does not find it busy, and only while a request i
 flag durable.  ext4 allocates without writing (``fallocate``).  ext2 and ext3 cannot: there the file is filled with the
 cookie, which the server recognises and does not write.  In a journal that takes data as well, that content would be
 replayed after a crash over what was written underneath, so the journal is emptied first (EXT4_IOC_CHECKPOINT; where
-the kernel has no such call, a freeze and a thaw).  ext2 has no journal: all of it is synced, so that no file that was
-deleted before claims the blocks after a crash.
+the kernel has no such call, a freeze and a thaw).  ext2 has no journal: its metadata is synced, so that no file that
+was deleted before claims the blocks after a crash.
 
 *The dirty limit.*  The loop device under the mount may keep only so many dirty pages (``max_bytes`` with
 ``strict_limit`` of its bdi), so that what arrives without any growth is bounded.  A kernel before Linux 6.2 has no such
@@ -65,7 +65,7 @@ _EXTENT_LAST, _EXTENT_UNKNOWN, _EXTENT_DELALLOC = 1, 2, 4
 _EXTENTS_AT_ONCE = 512
 _SYS_OPEN_TREE, _OPEN_TREE_CLONE, _AT_FDCWD = 428, 1, -100
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-_FILL_BYTES = 1 << 20
+_FILL_BYTES = 8 << 20
 #: Of what ordinary users could still write, the last so many blocks are left to them.
 _LEFT_ALONE = 256
 #: A growth by less than this many blocks is not worth its transaction.
@@ -426,9 +426,25 @@ class _Entered:
         if not filled:
             return
         if self._mount.fstype == "ext2":
-            _syncfs(self._writable)
+            self._sync_metadata()
         elif self._journals_data():
             _empty_journal(self._file)
+
+    def _sync_metadata(self) -> None:
+        """Make all metadata of the filesystem durable.
+
+        The ext4 driver has it in the block device's cache.  That of ext2 has changed inodes elsewhere: there all of the
+        filesystem is synced, for which many writes may have to be copied first.
+        """
+        name = Path(f"/sys/dev/block/{self._mount.device}").resolve().name
+        if not Path("/sys/fs/ext4", name).is_dir():
+            _syncfs(self._writable)
+            return
+        descriptor = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _journals_data(self) -> bool:
         """Whether the journal takes the content of this file; when in doubt, it does."""

@@ -134,7 +134,7 @@ class Growing:
             growth.limited = grower.limited
             growth.look_again()
         files.lag = growth.lag if growth.mounted else None
-        self._next_late = files.acknowledge_late()
+        self._next_late = files.acknowledge_late(growth.is_waited_for)
         try:
             request = growth.step() if growth.at_work else growth.due()
         except (ExtsnapError, OSError) as error:

@@ -409,6 +409,11 @@ class Growth:
 
     # -- slowing down -----------------------------------------------------------------------------------
 
+    def is_waited_for(self) -> bool:
+        """Whether writes are slowed down: the reserve is touched, and growth is under way."""
+        engine = self._volume.engine
+        return engine is not None and self.under_way and engine.room() < self.reserve.in_flight
+
     def lag(self) -> float:
         """Seconds by which the acknowledgement of the write that was just made is late.
 
@@ -419,11 +424,9 @@ class Growth:
         if engine is None:
             return 0.0
         copies, self._left_seen = self._left_seen - engine.left, engine.left
-        if copies <= 0 or not self.under_way:
+        if copies <= 0 or not self.is_waited_for():
             return 0.0
         room = engine.room()
-        if room >= self.reserve.in_flight:
-            return 0.0
         # The rate falls with the square of what is left: that never comes to an end.
         return min(LAG_MOST, copies * LAG_SECONDS * self.reserve.in_flight / max(1, room) ** 2)
 

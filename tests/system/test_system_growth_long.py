@@ -17,7 +17,7 @@ from pathlib import Path
 import oracle
 import pytest
 from arena import arena, make_volume
-from test_system_growth import LONG, MIB, PATIENCE, content, info, judge, little_memory, snapshot_and_mount, store_bytes
+from test_system_growth import LONG, MIB, PATIENCE, content, info, judge, snapshot_and_mount, store_bytes
 
 from extsnap.serve import mounting
 
@@ -154,29 +154,6 @@ if LONG:
                     f"{time.monotonic() - begun:.1f} s"
                 )
                 assert most[0] > room, "no more was dirty than there was room for: this test shows nothing"
-            with oracle.mounted(image) as directory:
-                assert is_big(directory / "big", 1024, 2)
-            judge(run_cli, image, copy, top)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_server_and_writer_have_little_memory(kind: str, run_cli: Cli, extsnap_program: Path) -> None:
-        """The server, its grower and the writer share a cgroup of 128 MiB while a gigabyte is overwritten."""
-        with arena() as top, little_memory(128 * MIB) as begin:
-            assert begin, "this machine has no cgroups of memory"
-            image = big_volume(top, kind, 3000, 1024)
-            run_cli("create", image, "one")
-            copy = oracle.copy_image(image, top / "one.copy")
-            mount = top / "mount"
-            mount.mkdir()
-            subprocess.run([*begin, extsnap_program, "mount", image, mount], check=True, timeout=PATIENCE)
-            try:
-                started = time.monotonic()
-                overwrite(mount / "big", 1024, 2, begin)
-                written = time.monotonic()
-                subprocess.run(["sync", "-f", mount], check=True, timeout=600)
-                say(f"written in {written - started:.1f} s, flushed in {time.monotonic() - written:.1f} s")
-            finally:
-                run_cli("umount", mount, timeout=600)
             with oracle.mounted(image) as directory:
                 assert is_big(directory / "big", 1024, 2)
             judge(run_cli, image, copy, top)

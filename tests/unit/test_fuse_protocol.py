@@ -6,8 +6,10 @@ import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -190,6 +192,44 @@ def test_init_negotiates_large_requests(volume: Volume, writeback: bool) -> None
     assert fields[8] == (1 << 16) // os.sysconf("SC_PAGESIZE")
     kernel.ours.close()
     kernel.theirs.close()
+
+
+def test_acknowledgements_that_are_late(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large writes wait for each other, what may be metadata does not; without a reason to wait all are told."""
+    now = [100.0]
+    monkeypatch.setattr(fuse, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    files = kernel.files
+    files.lag = lambda: 0.5
+    node, _ = kernel.lookup(fuse.ROOT_NODE, "volume")
+    assert kernel.open(node, os.O_RDWR)[0] == 0
+    unique = {}
+    for name, size in (("first", 65536), ("second", 65536), ("small", 4096), ("third", 65536)):
+        body = fuse.IO_IN.pack(0, 0, size, 0, 0, 0, 0)
+        kernel.raw(kernel.packet(fuse.WRITE, node, body + b"x" * size))
+        unique[kernel.unique] = name
+    assert kernel.volume.data[:65536] == b"x" * 65536, "it is done, only its acknowledgement is late"
+
+    def told() -> list[str]:
+        names = []
+        kernel.ours.setblocking(False)
+        try:
+            while True:
+                names.append(unique[fuse.OUT_HEADER.unpack_from(kernel.ours.recv(1 << 10))[2]])
+        except BlockingIOError:
+            return names
+        finally:
+            kernel.ours.settimeout(5)
+
+    assert files.acknowledge_late(lambda: True) == pytest.approx(0.05)
+    assert told() == []
+    now[0] += 0.06
+    assert files.acknowledge_late(lambda: True) == pytest.approx(0.44)
+    assert told() == ["small"]
+    now[0] += 0.5
+    assert files.acknowledge_late(lambda: True) == pytest.approx(0.44)
+    assert told() == ["first"]
+    assert files.acknowledge_late(lambda: False) is None
+    assert told() == ["second", "third"]
 
 
 def test_the_kernel_keeps_attributes_only_of_what_it_writes_late(volume: Volume) -> None:
