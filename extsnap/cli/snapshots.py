@@ -172,15 +172,16 @@ def restore(
             undo=undo,
             safety=not no_safety,
         )
-        if result.pop("work_left", False):
-            with about(image):
-                from extsnap.serve import session
-
-                session.let_go_of_orphans(image, partition, result["restored"])
+    work_left = result.pop("work_left", False)
     if as_json:
         output.emit_json(result)
     elif result.get("safety") is not None:
         output.emit_lines([safe(result["safety"])])
+    if work_left:
+        with output.progress("letting go of what was open"), about(image):
+            from extsnap.serve import session
+
+            session.let_go_of_orphans(image, partition, result["restored"])
 
 
 def strip(image: Image, partition: Partition = None, as_json: Json = False, version: Version = False) -> None:

@@ -8,12 +8,14 @@ be in use.  Which transactions count, revocations and checksums need not be look
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Ints
+from extsnap.errors import FormatError
 from extsnap.ext.bitmaps import expand_clusters
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.journal import Journal
@@ -43,20 +45,24 @@ class Logged:
 def used_after_crash(fs: Filesystem) -> SparseBits:
     """All blocks that may be in use after a recovery, in rows as `Filesystem.block_bitmaps` has them.
 
-    Without a journal, and with fast commits, which log no bitmaps, every block may be.
+    Without a journal, or where somebody writes who does not use it (fuse2fs), and with fast commits, which log no
+    bitmaps, every block may be.
 
     Args:
         fs: Opened leniently: the bitmaps of a group and its descriptor need not agree on the medium.
     """
     geometry, journal = fs.geometry, fs.journal
-    if journal is None or (fs.superblock.s_feature_compat & Compat.fast_commit and fs.needs_recovery):
-        everything = SparseBits(geometry.groups, geometry.blocks_per_group // 8)
-        everything.set(np.array([[0, geometry.groups * geometry.blocks_per_group]], np.int64))
-        return everything
-    used = fs.block_bitmaps()
-    if not journal.is_empty:
-        _add_logged(fs, used, logged(fs, journal))
-    return used
+    if journal is not None and not (fs.superblock.s_feature_compat & Compat.fast_commit and fs.needs_recovery):
+        if journal.is_empty and (fs.is_clean or fs.needs_recovery):
+            return fs.block_bitmaps()
+        with contextlib.suppress(FormatError):  # a log that cannot be
+            if not journal.is_empty:
+                used = fs.block_bitmaps()
+                _add_logged(fs, used, logged(fs, journal))
+                return used
+    everything = SparseBits(geometry.groups, geometry.blocks_per_group // 8)
+    everything.set(np.array([[0, geometry.groups * geometry.blocks_per_group]], np.int64))
+    return everything
 
 
 def logged(fs: Filesystem, journal: Journal) -> Logged:

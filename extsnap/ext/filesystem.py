@@ -847,6 +847,16 @@ class Filesystem:
         self._blocks = {}
         self._dirty_groups, self._dirty_descriptors = set(), set()
 
+    def seal_unsound(self) -> None:
+        """Have unsound groups say that all of their blocks are used, bitmap, count and checksum; written by `flush`.
+
+        For e2fsck to sort out: no block of a file can be taken for free meanwhile.
+        """
+        self._used()
+        unsound = np.flatnonzero(~self._sound)
+        self._sound = np.ones_like(self._sound)
+        self._dirty_groups.update(unsound.tolist())
+
     def sum_counts(self) -> None:
         """Make the superblock's free counts the sums of the descriptors'; not written yet.
 

@@ -52,6 +52,16 @@ class Journal:
         return bool(self.superblock.s_start == 0)
 
     @property
+    def features(self) -> int:
+        """s_feature_incompat; a superblock of version 1 has none, whatever stands there."""
+        return int(self.superblock.s_feature_incompat) if self.superblock.h_blocktype == 4 else 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the file has, that of the superblock among them."""
+        return 1 + int(self.data_runs[:, 1].sum())
+
+    @property
     def sequence(self) -> int:
         """Commit id that the next transaction gets."""
         return int(self.superblock.s_sequence)

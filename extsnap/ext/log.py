@@ -16,7 +16,7 @@ from extsnap.errors import FormatError, UnsupportedFeature
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.journal import Journal
 from extsnap.ondisk.checksum import crc32c_raw
-from extsnap.ondisk.journal import MAGIC, JournalIncompat
+from extsnap.ondisk.journal import MAGIC, JournalCompat, JournalIncompat
 from extsnap.ondisk.journal_tags import (
     BlockType,
     Tags,
@@ -29,6 +29,11 @@ from extsnap.ondisk.journal_tags import (
 from extsnap.ondisk.superblock import Compat, Incompat
 
 _CHECKED = JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3
+_KNOWN = JournalIncompat.REVOKE | JournalIncompat.BIT64 | _CHECKED
+#: Blocks of the longest journal that mke2fs makes.
+_LONGEST = 10_240_000
+#: Blocks for fast commits where the superblock does not say.
+_FAST_COMMIT_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,16 @@ def walk(fs: Filesystem, journal: Journal) -> Iterator[LogBlock]:
     """The blocks with headers of a log that is not empty, from its beginning, until one does not belong to it.
 
     Looks at no checksum.  Goes once around the log at most, whatever stands in it.
+
+    Raises:
+        FormatError: There cannot be such a log.
     """
+    _require_log(fs, journal)
     sb = journal.superblock
     log = np.concatenate([[journal.superblock_block], expand(journal.data_runs[:, 0], journal.data_runs[:, 1])])
-    end, first = min(int(sb.s_maxlen), len(log)), int(sb.s_first)
+    end, first = int(sb.s_maxlen), int(sb.s_first)
+    if journal.features & JournalIncompat.FAST_COMMIT:
+        end -= int(sb.s_num_fc_blks) or _FAST_COMMIT_BLOCKS
     at, sequence = int(sb.s_start), int(sb.s_sequence)
     left = end - first
     while 0 < first <= at < end and left > 0:
@@ -66,7 +77,7 @@ def walk(fs: Filesystem, journal: Journal) -> Iterator[LogBlock]:
             return
         step = 1
         if found[0] == BlockType.DESCRIPTOR:
-            tags = parse_tags(raw, int(sb.s_feature_incompat))
+            tags = parse_tags(raw, journal.features)
             count = min(len(tags.blocks), left - 1)
             there = Tags(tags.blocks[:count], tags.escaped[:count], tags.checksums[:count])
             places = log[(at - first + 1 + np.arange(count)) % (end - first) + first]
@@ -80,6 +91,20 @@ def walk(fs: Filesystem, journal: Journal) -> Iterator[LogBlock]:
             sequence = (sequence + 1) & 0xFFFFFFFF
         left -= step
         at = (at - first + step) % (end - first) + first
+
+
+def _require_log(fs: Filesystem, journal: Journal) -> None:
+    """Raises FormatError if the superblock tells of a log that the file cannot have."""
+    sb = journal.superblock
+    first, start, end = int(sb.s_first), int(sb.s_start), int(sb.s_maxlen)
+    for field, wrong in (
+        ("s_blocksize", sb.s_blocksize != fs.geometry.block_size),
+        ("s_maxlen", not first < end <= min(journal.blocks, _LONGEST)),
+        ("s_first", first < 1),
+        ("s_start", bool(start) and not first <= start < end),
+    ):
+        if wrong:
+            raise FormatError(f"{sb[field]} is impossible", structure="journal superblock", field=field)
 
 
 def end_sequence(fs: Filesystem, journal: Journal) -> int:
@@ -115,21 +140,28 @@ def committed(fs: Filesystem, journal: Journal) -> Committed:
     """Find what a replay writes: of whole transactions, and not revoked since.
 
     Raises:
-        FormatError: A committed transaction has a block with a wrong checksum.
+        FormatError: A committed transaction has a block with a wrong checksum, or one that others follow was not.
     """
-    features, seed = int(journal.superblock.s_feature_incompat), crc32c_raw(0xFFFFFFFF, journal.superblock.s_uuid)
+    features, seed = journal.features, crc32c_raw(0xFFFFFFFF, journal.superblock.s_uuid)
     logged: list[tuple[Ints, ...]] = []
     revoked: list[tuple[Ints, Ints]] = []
     pending: list[LogBlock] = []
-    damaged = False
+    damaged = ended = False
     for block in walk(fs, journal):
+        if ended:
+            raise FormatError(
+                f"the commit block before transaction {block.sequence} has a wrong checksum",
+                structure="journal",
+                field="h_chksum",
+            )
         whole = is_whole(block.raw, block.kind, features, seed)
         if block.kind != BlockType.COMMIT:
             damaged |= not whole  # which matters if a commit follows
             pending.append(block)
             continue
         if not whole:
-            break  # never completed
+            ended = True  # never completed, if nothing follows
+            continue
         if damaged:
             raise FormatError(
                 f"a block of transaction {block.sequence} has a wrong checksum", structure="journal", field="checksum"
@@ -177,15 +209,21 @@ def replay(fs: Filesystem) -> None:
         FormatError: The journal is damaged.
         UnsupportedFeature: Its log is of a kind that only the kernel and e2fsck replay.
     """
-    journal = fs.journal
-    if journal is None or not fs.needs_recovery:
+    if not fs.needs_recovery:
         return
-    sb = journal.superblock
-    features = int(sb.s_feature_incompat)
+    journal = fs.journal
+    if journal is None:
+        raise FormatError("needs_recovery is set, and there is none", structure="journal")
+    _require_log(fs, journal)
+    features = journal.features
     if fs.superblock.s_feature_compat & Compat.fast_commit or features & JournalIncompat.FAST_COMMIT:
         raise UnsupportedFeature("the journal has fast commits, which only the kernel and e2fsck replay")
     if features & JournalIncompat.ASYNC_COMMIT:
         raise UnsupportedFeature("the journal commits asynchronously; only the kernel and e2fsck replay it")
+    if features & ~_KNOWN:
+        raise UnsupportedFeature(f"the journal has unknown features ({features & ~_KNOWN:#x})")
+    if journal.superblock.s_feature_compat & JournalCompat.CHECKSUM:
+        raise UnsupportedFeature("the journal has checksums of version 1, which only the kernel and e2fsck know")
     if not journal.is_empty:
         _write(fs, journal, committed(fs, journal), features)
     fs.write_block(journal.superblock_block, journal.superblock_with(sequence=end_sequence(fs, journal)))
@@ -194,10 +232,11 @@ def replay(fs: Filesystem) -> None:
 
 def _write(fs: Filesystem, journal: Journal, found: Committed, features: int) -> None:
     seed = crc32c_raw(0xFFFFFFFF, journal.superblock.s_uuid)
-    beyond = found.blocks >= fs.geometry.blocks_count
+    beyond = (found.blocks < 0) | (found.blocks >= fs.geometry.blocks_count)
     if beyond.any():
+        sequence, block = int(found.sequences[beyond][0]), int(found.blocks[beyond][0])
         raise FormatError(
-            f"transaction {int(found.sequences[beyond][0])} names block {int(found.blocks[beyond][0])} past the end",
+            f"transaction {sequence} names block {block} outside the volume",
             structure="journal",
             field="t_blocknr",
         )

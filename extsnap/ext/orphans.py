@@ -30,6 +30,15 @@ def orphans(fs: Filesystem) -> list[int]:
     return [ino for ino in _all(fs) if not fs.inode(ino).i_links_count]
 
 
+def has_orphans(fs: Filesystem) -> bool:
+    """Whether an inode waits for e2fsck or the next mount, also one that is only being truncated.
+
+    Raises:
+        FormatError: As `orphans`.
+    """
+    return bool(_all(fs))
+
+
 def prepare_release(fs: Filesystem) -> None:
     """Edit a scratch copy so that ``e2fsck -p`` on it releases the orphans and mends nothing else; flushed.
 

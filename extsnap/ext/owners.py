@@ -63,7 +63,7 @@ def used_by_inodes(fs: Filesystem) -> SparseBits:
         inside = (start >= geometry.first_data_block) & (start + length <= geometry.blocks_count)
         used.set(np.stack([start - geometry.first_data_block, length], axis=1)[inside])
 
-    for numbers, raw in _inodes(fs):
+    for numbers, raw in _inodes(fs, whole=True):
         _look_at_all(fs, numbers, raw, look)
     return used
 
@@ -101,13 +101,17 @@ def _read(fs: Filesystem, numbers: Ints) -> Rows:
     return np.concatenate([_read(fs, numbers[:half]), _read(fs, numbers[half:])])
 
 
-def _inodes(fs: Filesystem) -> Iterator[tuple[Ints, Rows]]:
-    """(numbers, uint8[n, inode size]) of the inodes that are in use, some at a time."""
+def _inodes(fs: Filesystem, *, whole: bool = False) -> Iterator[tuple[Ints, Rows]]:
+    """(numbers, uint8[n, inode size]) of the inodes that are in use, some at a time.
+
+    Args:
+        whole: Look at the parts of the tables, too, that the descriptors call unused.
+    """
     geometry = fs.geometry
     size = geometry.block_size
     first = fs.groups.column("bg_inode_table").astype(np.int64)
     used = np.full(geometry.groups, geometry.inodes_per_group, np.int64)
-    if fs.groups.has_checksums:
+    if fs.groups.has_checksums and not whole:
         used -= fs.groups.column("bg_itable_unused").astype(np.int64)
     lengths = -(-used * geometry.inode_size // size)
     per_block = size // geometry.inode_size

@@ -15,6 +15,12 @@ MAGIC = 0xC03B3998
 SIZE = 1024
 
 
+class JournalCompat(enum.IntFlag):
+    """s_feature_compat of the journal."""
+
+    CHECKSUM = 0x1  # of whole transactions, crc32, in the commit block
+
+
 class JournalIncompat(enum.IntFlag):
     """s_feature_incompat of the journal."""
 

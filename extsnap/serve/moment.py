@@ -7,15 +7,14 @@ then is damage.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from extsnap.blockdev.image import ImageFile
 from extsnap.errors import ExtsnapError, FormatError
 from extsnap.ext.filesystem import Filesystem
-from extsnap.ext.orphans import orphans, prepare_release
+from extsnap.ext.orphans import has_orphans, orphans, prepare_release
 from extsnap.ondisk.superblock import Compat
 from extsnap.serve import tools
 
@@ -75,14 +74,15 @@ def without_work_left(view: str, layer: Layer, *, crash: bool = False) -> tuple[
         was no such work or it could not be done: then the first verdict counts.
     """
     try:
-        count, needs_replay, journaled = _work_left(view, crash)
-        if not count and not needs_replay:
+        left = _work_left(view, crash)
+        if not left.listed and not left.needs_replay:
             return None
+        count, needs_replay = left.orphans, left.needs_replay
         with layer() as scratch:
             if not needs_replay:
                 _prepare(scratch)
             done = tools.run("e2fsck", "-p", scratch, ok=None)
-            if needs_replay and not journaled and done.returncode > REPAIRED_MAX:
+            if needs_replay and not left.journaled and done.returncode > REPAIRED_MAX:
                 # A crash without a journal leaves what e2fsck asks about; nothing tells that from damage.
                 done = tools.run("e2fsck", "-fy", scratch, ok=None)
             if not 0 <= done.returncode <= REPAIRED_MAX:
@@ -94,12 +94,24 @@ def without_work_left(view: str, layer: Layer, *, crash: bool = False) -> tuple[
         return None
 
 
-def _work_left(view: str, crash: bool) -> tuple[int, bool, bool]:
+class _Left(NamedTuple):
     """What a moment left to be done.
 
-    Returns:
-        (files open and unlinked, as far as they are known before a replay; whether e2fsck has to replay or mend;
-        whether there is a journal).
+    Attributes:
+        orphans: Files open and unlinked, as far as they are known before a replay.
+        listed: Whether there are such, or files that are only being truncated.
+        needs_replay: Whether e2fsck has to replay or mend.
+        journaled: Whether there is a journal.
+    """
+
+    orphans: int
+    listed: bool
+    needs_replay: bool
+    journaled: bool
+
+
+def _work_left(view: str, crash: bool) -> _Left:
+    """Find it.
 
     Raises:
         ExtsnapError: The view is damaged where this is told.
@@ -108,11 +120,13 @@ def _work_left(view: str, crash: bool) -> tuple[int, bool, bool]:
     try:
         fs = Filesystem.open(image)
         journaled = bool(fs.superblock.s_feature_compat & Compat.has_journal)
-        if fs.needs_recovery or (crash and not fs.is_clean):
-            with contextlib.suppress(FormatError):
-                return len(orphans(fs)), True, journaled
-            return 0, True, journaled
-        return len(orphans(fs)), False, journaled
+        needs_replay = fs.needs_recovery or (crash and not fs.is_clean)
+        try:
+            return _Left(len(orphans(fs)), has_orphans(fs), needs_replay, journaled)
+        except FormatError:
+            if not needs_replay:
+                raise
+            return _Left(0, False, needs_replay, journaled)
     finally:
         image.close()
 

@@ -192,9 +192,12 @@ def _refuse_served(place: Place) -> None:
         )
 
 
+_GAVE_UP = "e2fsck -p could not recover the filesystem"
+
+
 def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
     return NeedsRecovery(
-        f"{name}: e2fsck -p could not recover the filesystem" + (f": {detail}" if detail else ""),
+        f"{name}: {_GAVE_UP}" + (f": {detail}" if detail else ""),
         hint=f"run extsnap run {name} -- e2fsck -fy {{}}, or extsnap restore --no-safety {name} SNAPSHOT",
     )
 
@@ -255,7 +258,7 @@ def let_go_of_orphans(image: str, partition: int | None, snapshot: str) -> None:
     point loses nothing.
 
     Raises:
-        NeedsRecovery: e2fsck wants decisions.
+        NeedsRecovery: That is not done: e2fsck wants decisions, or could not be run.
     """
     place = _place(image, partition)
     served = control.connect(_key(place))
@@ -263,12 +266,17 @@ def let_go_of_orphans(image: str, partition: int | None, snapshot: str) -> None:
         if served is None:
             _recover(place, always=True)
         else:
-            with served[0]:
-                _preen(place.name, str(served[1]["directory"]))
-    except NeedsRecovery as error:
+            client, hello = served
+            with client:  # with the turn, until it is closed: nobody else has one meanwhile
+                user = client.call("server.provision").get("in_use")
+                if user is not None:
+                    raise VolumeBusy(f"{user} is in use again")
+                _preen(place.name, str(hello["directory"]))
+    except (ExtsnapError, OSError) as error:
+        reason = error.message if isinstance(error, ExtsnapError) else str(error)
         raise NeedsRecovery(
             f"{place.name} is restored, but e2fsck -p gave up on what the moment of {snapshot} left to be done: "
-            f"{error.message.rpartition(': ')[2]}",
+            f"{reason.partition(_GAVE_UP + ': ')[2] or reason}",
             hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
         ) from error
 

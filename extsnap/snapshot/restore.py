@@ -26,7 +26,7 @@ from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext import log
 from extsnap.ext.filesystem import Filesystem
-from extsnap.ext.orphans import orphans
+from extsnap.ext.orphans import has_orphans
 from extsnap.ext.owners import used_by_inodes
 from extsnap.ondisk.superblock import State
 from extsnap.snapshot import edit, graft, hidden
@@ -119,8 +119,11 @@ def has_work_left(volume: Volume, name: str) -> bool:
     """
     if volume.find(name).consistency == fmt.Consistency.CLEAN:
         return False
-    fs = volume.filesystem()
-    return not fs.is_clean or bool(orphans(fs))
+    try:
+        fs = volume.filesystem()
+        return not fs.is_clean or has_orphans(fs)
+    except ExtsnapError:  # e2fsck decides
+        return True
 
 
 def _reveal(volume: Volume, *, everything: bool) -> None:
@@ -228,13 +231,16 @@ def _as_restored(volume: Volume, target: fmt.Snapshot) -> Overlay:
         if fs.needs_recovery:
             log.replay(fs)
             log.recovered(Filesystem.open(overlay, writable=True))
-        elif target.consistency == fmt.Consistency.CRASH and fs.journal is None:
+            Filesystem.open(overlay).block_bitmaps()
+        elif target.consistency == fmt.Consistency.CRASH and not fs.is_clean:
             # Stock e2fsck, which comes afterwards, goes by the inodes: what they have must not be the store's.
+            fs.seal_unsound()
             unmarked = used_by_inodes(fs)
             unmarked -= fs.block_bitmaps()
             fs.set_blocks(unmarked.runs() + np.array([fs.geometry.first_data_block, 0]), True)
             fs.flush()
-        elif target.consistency == fmt.Consistency.FROZEN and not fs.is_clean and not orphans(fs):
+            Filesystem.open(overlay).block_bitmaps()
+        elif target.consistency == fmt.Consistency.FROZEN and not fs.is_clean and not has_orphans(fs):
             # Without a journal no freeze says that it is consistent, which it is.
             fs.superblock.s_state |= State.VALID
             fs.sum_counts()

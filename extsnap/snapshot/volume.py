@@ -850,8 +850,13 @@ class Volume:
         engine, store = self.require_engine(), self.require_store()
         fs = self.filesystem(lenient=True)
         owned = store.root.extents[:, 1:]
-        bits = preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned)
-        return self.snapshot_blocks(bits) + 2 * int((~fs.sound_groups).sum())
+        needed = [
+            self.snapshot_blocks(
+                preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned, crash=crash)
+            )
+            for crash in (False, True)
+        ]
+        return max(needed) + 2 * int((~fs.sound_groups).sum())
 
     def make_room_for_snapshot(self, *, consistency: fmt.Consistency = fmt.Consistency.CLEAN) -> SparseBits:
         """See that the store has room for one more snapshot, growing it where needed and possible.

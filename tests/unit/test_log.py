@@ -152,3 +152,69 @@ def test_where_the_log_ends(tmp_path: Path) -> None:
         fs = Filesystem.open(device)
         assert fs.journal is not None
         assert log.end_sequence(fs, fs.journal) == fs.journal.sequence + 3
+
+
+def put(image: Path, block: int, at: int, value: bytes) -> None:
+    with image.open("r+b") as file:
+        file.seek(block * BLOCK + at)
+        file.write(value)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "field"), [(0x0C, 4096, "s_blocksize"), (0x10, 1 << 20, "s_maxlen"), (0x14, 0, "s_first")]
+)
+def test_a_log_that_cannot_be_is_damage(at: int, value: int, field: str, tmp_path: Path) -> None:
+    """And not an empty one: what was fsynced would be lost without a word."""
+    image = make(tmp_path, "plain")
+    write(image, "plain", f"-b 3000 {content(tmp_path, 1, 1)}")
+    put(image, int(oracle.file_blocks(image, "<8>").data_blocks[0]), at, value.to_bytes(4, "big"))
+    with pytest.raises(FormatError, match=field):
+        ours(image)
+
+
+def test_a_log_that_begins_behind_its_end_is_damage(tmp_path: Path) -> None:
+    image = make(tmp_path, "plain")
+    write(image, "plain", f"-b 3000 {content(tmp_path, 1, 1)}")
+    put(image, int(oracle.file_blocks(image, "<8>").data_blocks[0]), 0x1C, (1 << 30).to_bytes(4, "big"))
+    with pytest.raises(FormatError, match="s_start"):
+        ours(image)
+
+
+def test_a_transaction_that_others_follow_was_committed(tmp_path: Path) -> None:
+    image = make(tmp_path, "v3-64bit")
+    one = content(tmp_path, 1, 1)
+    write(image, "v3-64bit", f"-b 3000 {one}", f"-b 3001 {one}")
+    flip(image, int(oracle.file_blocks(image, "<8>").data_blocks[3]), 60)
+    with pytest.raises(FormatError, match="commit block before transaction"):
+        ours(image)
+
+
+def test_a_block_outside_the_volume_is_damage(tmp_path: Path) -> None:
+    image = make(tmp_path, "64bit")
+    write(image, "64bit", f"-b 3000 {content(tmp_path, 1, 1)}")
+    put(image, int(oracle.file_blocks(image, "<8>").data_blocks[1]), 12 + 8, b"\xff\xff\xff\xff")
+    with pytest.raises(FormatError, match="outside the volume"):
+        ours(image)
+
+
+@pytest.mark.parametrize("options", ["ext2", "ext4 -O ^has_journal"])
+def test_groups_that_do_not_verify_have_no_free_block(options: str, tmp_path: Path) -> None:
+    """A bitmap older than what its descriptor says, as a crash without a journal leaves it."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    oracle._run("mke2fs", "-q", "-F", "-b", str(BLOCK), "-t", *options.split(), image)
+    old = image.read_bytes()
+    oracle.debugfs_write(image, f"write {content(tmp_path, 300, 1)} file")
+    blocks = np.array(oracle.file_blocks(image, "/file").data_blocks, np.int64)
+    with ImageFile(str(image)) as device:
+        fs = Filesystem.open(device)
+        bitmap = int(fs.groups.column("bg_block_bitmap")[(blocks[0] - 1) // fs.geometry.blocks_per_group])
+    put(image, bitmap, 0, old[bitmap * BLOCK : (bitmap + 1) * BLOCK])
+    with ImageFile(str(image)) as device:
+        overlay = Overlay(device, BLOCK)
+        fs = Filesystem.open(overlay, writable=True, lenient=True)
+        assert not fs.sound_groups.all()
+        fs.seal_unsound()
+        fs.flush()
+        assert Filesystem.open(overlay).block_bitmaps().test(blocks - 1).all()
