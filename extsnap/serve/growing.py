@@ -134,7 +134,6 @@ class Growing:
             growth.limited = grower.limited
             growth.look_again()
         files.lag = growth.lag if growth.mounted else None
-        self._next_late = files.acknowledge_late(growth.is_waited_for)
         try:
             request = growth.step() if growth.at_work else growth.due()
         except (ExtsnapError, OSError) as error:
@@ -142,6 +141,8 @@ class Growing:
             request = None
         if request is not None and not self._tell(request):
             growth.forget()
+        # After what was asked: between two growths nobody is let off.
+        self._next_late = files.acknowledge_late(lambda: growth.at_work or growth.is_waited_for())
         if self._holders:
             self._answer_holders(growth)
 

@@ -410,9 +410,10 @@ class Growth:
     # -- slowing down -----------------------------------------------------------------------------------
 
     def is_waited_for(self) -> bool:
-        """Whether writes are slowed down: the reserve is touched, and growth is under way."""
+        """Whether writes are slowed down: the reserve is touched, and growth is under way or waits for a freeze."""
         engine = self._volume.engine
-        return engine is not None and self.under_way and engine.room() < self.reserve.in_flight
+        coming = self.under_way or (self.held_back and self.mounted)
+        return engine is not None and coming and engine.room() < self.reserve.in_flight
 
     def lag(self) -> float:
         """Seconds by which the acknowledgement of the write that was just made is late.

@@ -176,7 +176,7 @@ if LONG:
                 writer.join()
                 grown = store_bytes(run_cli, image) - before
                 say(f"{taken} snapshots, longest create {longest:.1f} s; the store grew by {grown / MIB:.0f} MiB")
-                assert taken > 3
+                assert taken > 1
                 assert grown > 0
             with oracle.mounted(image) as directory:
                 assert is_big(directory / "big", 768, 2)
