@@ -4,7 +4,8 @@ Run as a process of its own, by `Frozen`, in a session of its own: ``python -I -
 does the system calls on mounts above us, so that whoever waits for it can be killed or interrupted at any time:
 
     it says     after                                            and then waits for
-    ready       syncfs until little is dirty; writers go on      "freeze" on standard input
+    ready       syncfs until little is dirty; writers go on      "sync" or "freeze" on standard input
+    synced      one more round of it                             "freeze" on standard input
     frozen      FIFREEZE of every point                          anything, or the end of standard input, or the limit
     thawed      FITHAW of what it froze                          -
     late        the same, because the limit had passed           -
@@ -44,7 +45,12 @@ def main(limit: float, points: list[bytes]) -> None:
     descriptors = [os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for point in points]
     _sync(descriptors)
     _say(b"ready\n")
-    if os.read(0, 64) != b"freeze\n":
+    wish = os.read(0, 64)
+    if wish == b"sync\n":
+        _sync(descriptors, 1)
+        _say(b"synced\n")
+        wish = os.read(0, 64)
+    if wish != b"freeze\n":
         return
     frozen: list[int] = []
     failure = b""
@@ -70,10 +76,10 @@ def main(limit: float, points: list[bytes]) -> None:
     _say(answer)
 
 
-def _sync(descriptors: list[int]) -> None:
+def _sync(descriptors: list[int], most: int = _MOST_SYNCS) -> None:
     """Have dirty data written while writers still can go on, until a round finds little: the freeze is short then."""
     syncfs = ctypes.CDLL(None, use_errno=True).syncfs
-    for _ in range(_MOST_SYNCS):
+    for _ in range(most):
         begun = time.monotonic()
         for descriptor in descriptors:
             syncfs(descriptor)
@@ -128,19 +134,30 @@ class Frozen:
                 raise
         return self
 
+    def sync(self) -> None:
+        """One more round, while writers go on: time has passed since the start.
+
+        Raises:
+            OSError: The process ended.
+        """
+        self._ask(b"sync\n", b"synced")
+
     def freeze(self) -> None:
         """Freeze them.
 
         Raises:
             OSError: One cannot be frozen; its point is the error's filename.
         """
+        self._is_frozen = self._process is not None  # from here on it may be
+        self._ask(b"freeze\n", b"frozen")
+
+    def _ask(self, wish: bytes, wanted: bytes) -> None:
         if self._process is None:
             return
         assert self._process.stdin is not None
-        self._is_frozen = True  # from here on it may be
-        self._process.stdin.write(b"freeze\n")
+        self._process.stdin.write(wish)
         self._process.stdin.flush()
-        self._expect(b"frozen")
+        self._expect(wanted)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,7 +1,8 @@
 """Snapshots of a volume that is in use: the client's part.
 
- 1. the server is asked for the turn: growth of the store comes to an end, nobody else is between 1 and 5
- 2. what is dirty in the filesystems mounted from the served file is written, while everybody goes on
+ 1. the server is asked for the turn: nobody else is between 1 and 5
+ 2. what is dirty in the filesystems mounted from the served file is written, while everybody goes on and the store
+    grows with it; then growth comes to an end, with room for what may still be on its way
  3. they are frozen, by a process that thaws them if we end; the served file is fsynced, so that nothing of it is only
     in the kernel's cache; from here on everything is below the server
  4. the server commits the snapshot: one header commit, durable when it answers
@@ -63,6 +64,8 @@ def create(
     frozen = Frozen(points)
     try:
         with frozen:
+            client.call("server.hold")
+            frozen.sync()
             frozen.freeze()
             _sync(os.path.join(directory, base))
             result = client.call("create", quiesced=quiesced or bool(points), **arguments)

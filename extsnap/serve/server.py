@@ -553,6 +553,7 @@ class Server:
             "server.scratch": lambda name="": self._make_scratch(client, str(name)),
             "server.unscratch": lambda file: self._drop_scratch(client, str(file)),
             "server.provision": lambda alone=False: self._provision(client, bool(alone)),
+            "server.hold": lambda: self._hold(client),
             "server.temporary": lambda name: self._note_temporary(client, str(name)),
         }
         if verb in own:
@@ -573,8 +574,7 @@ class Server:
     def _provision(self, client: control.Connection, alone: bool) -> dict[str, Any] | None:
         """Give a client the turn to take a snapshot, until it has done so or hangs up; answered when it has it.
 
-        ``in_use`` is the file that others have open for writing, or None; with ``alone`` that is refused.  Where the
-        kernel has it mounted, the answer comes when there is room for the snapshot, and nothing grows meanwhile.
+        ``in_use`` is the file that others have open for writing, or None; with ``alone`` that is refused.
         """
         assert self._files is not None
         if alone and self._files.volume_opens:
@@ -583,8 +583,11 @@ class Server:
             self._turns.append(client)
             return None
         self._turn = client
-        result = {"in_use": self._files.base_name if self.in_use() else None}
-        return self._growing.provision(client, result) if result["in_use"] else result
+        return {"in_use": self._files.base_name if self.in_use() else None}
+
+    def _hold(self, client: control.Connection) -> dict[str, Any] | None:
+        """Whoever has the turn is about to freeze: answered when there is room for that; then nothing grows."""
+        return self._growing.provision(client, {"provided": True})
 
     def _end_turn(self, client: control.Connection) -> None:
         """The next one has the turn now."""

@@ -387,7 +387,8 @@ def test_room_for_a_snapshot_is_provided_and_nothing_grows_meanwhile(run_cli: Cl
             assert found is not None
             client = found[0]
             with client:
-                assert client.call("server.provision") == {"in_use": "volume", "provided": True}
+                assert client.call("server.provision") == {"in_use": "volume"}
+                assert client.call("server.hold") == {"provided": True}
                 before = store_bytes(run_cli, image)
                 with (mount / "big").open("r+b") as file:
                     file.write(content(9, 24))
