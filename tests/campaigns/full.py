@@ -343,5 +343,5 @@ def replay(report: Report, token: str) -> None:
 
 
 CAMPAIGN = Campaign(
-    "full", "volumes filled to the last block, overwritten until copies have no room", PARTS, 24, 1200, run, replay
+    "full", "volumes filled to the last block, overwritten until copies have no room", PARTS, 24, 300, run, replay
 )

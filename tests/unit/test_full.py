@@ -325,3 +325,32 @@ def test_a_full_store_can_grow(free: int) -> None:
     assert volume.end_serving()
     assert opened(device).verb("check")["store"]["ok"]
     assert not lab.complaint(device.content)
+
+
+@pytest.mark.parametrize("fails", range(1, 4))
+def test_what_a_failed_command_began_is_not_made_true_by_the_next(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Nth barrier of a create fails; a server goes on with the same volume in memory."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    volume = opened(device)
+    volume.create("one")
+    volume.begin_serving(grow=False)
+    flush, left = device.flush, [fails]
+
+    def failing() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(5, "Input/output error")
+        flush()
+
+    monkeypatch.setattr(device, "flush", failing)
+    try:
+        volume.create("two")
+    except OSError:
+        assert volume.snapshot_names() == ["one"]
+    else:
+        assert left[0] > 0
+    known = volume.snapshot_names()
+    volume.verb("set", values={"on-full": "drop-oldest"})
+    again = opened(MemoryDevice(bytes(device.content)))
+    assert again.snapshot_names() == known
+    assert len(again.require_engine().snapshots) == int(again.require_store().root.counting).bit_count()
