@@ -261,7 +261,8 @@ class _Try:
         step = self._judged_by(point)
         if self.session is not None:
             at_rest = replace(step, after=step.before)
-            self.life.judge_content(medium, at_rest, base=self.session.durable, since=self.session.since)
+            unit = 1 if self.fault == "short" else SECTOR
+            self.life.judge_content(medium, at_rest, base=self.session.durable, since=self.session.since, unit=unit)
         elif point is not None:
             self.life._judge(medium, step, point, None, 1)
         else:

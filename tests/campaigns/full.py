@@ -235,21 +235,23 @@ class Life:
         assert not complaint, f"{name}: {complaint}"
 
     def delete(self) -> None:
+        if not self.attached:
+            self.end()  # which may drop some
         names = [name for name in self.volume.snapshot_names() if name not in self.opened]
         if not names:
             return
-        if not self.attached:
-            self.end()
         gone = self.rng.sample(names, self.rng.randint(1, min(2, len(names))))
         self.volume.delete(gone)
         for name in gone:
             del self.views[name]
 
     def restore(self) -> None:
+        if not self.volume.snapshot_names():
+            return
+        self.end()  # which may drop some
         names = self.volume.snapshot_names()
         if not names:
             return
-        self.end()
         name = self.rng.choice(names)
         try:
             taken = self.volume.verb("restore", name=name, safety=self.rng.random() < 0.5)["safety"]

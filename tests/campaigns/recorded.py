@@ -337,7 +337,13 @@ class Recorded:
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
     def judge_content(
-        self, content: bytes, step: Step, *, base: bytes | None = None, since: Sequence[Event] = ()
+        self,
+        content: bytes,
+        step: Step,
+        *,
+        base: bytes | None = None,
+        since: Sequence[Event] = (),
+        unit: int = SECTOR,
     ) -> None:
         """Require of a medium that a failed command left what is required after a cut.
 
@@ -346,10 +352,11 @@ class Recorded:
             step: The command.
             base: What of the base volume is durable, if it is known.
             since: Writes that may be there too.
+            unit: Bytes of which a write is done all or none: of a host's file a short write may end anywhere.
         """
         events = [Event(0, 0, True, 0, base), *since] if base is not None else []
         step = replace(step, events=events)
-        self._recovered(MemoryDevice(content), content, step, lambda found: self._require_flushed(found, step, 0))
+        self._recovered(MemoryDevice(content), content, step, lambda found: self._require_flushed(found, step, 0, unit))
 
     def alone(self, step: Step, content: bytes, action: Callable[[Volume], object], *, served: bool = False) -> Step:
         """The step as a program of its own does it on the medium that the step found: what it wrote, what it left.
@@ -467,8 +474,8 @@ class Recorded:
             reasons.append(f"{len(wrong)} blocks: {wrong[:10].tolist()}")
         raise AssertionError(f"the base volume is neither the one from before nor from after: {'; '.join(reasons)}")
 
-    def _require_flushed(self, base: bytes, step: Step, point: int) -> None:
-        """Every sector is as at the last flush that had returned, or as a write since left it."""
+    def _require_flushed(self, base: bytes, step: Step, point: int, unit: int = SECTOR) -> None:
+        """Every ``unit`` bytes are as at the last flush that had returned, or as a write since left them."""
         flushed = step.before.base
         since: list[Event] = []
         for event in step.events:
@@ -476,12 +483,14 @@ class Recorded:
                 flushed, since = event.content, []
             elif event.issued <= point and not event.flush:
                 since.append(event)
-        found = np.frombuffer(base, np.uint64).reshape(-1, SECTOR // 8)
-        fine: Flags = (np.frombuffer(flushed, np.uint64).reshape(found.shape) == found).all(axis=1)
+        found = np.frombuffer(base, np.uint8).reshape(-1, unit)
+        fine: Flags = (np.frombuffer(flushed, np.uint8).reshape(found.shape) == found).all(axis=1)
         for event in since:
-            written = np.frombuffer(event.content, np.uint64).reshape(-1, SECTOR // 8)
-            part = slice(event.first, event.first + len(written))
+            written = np.frombuffer(event.content, np.uint8).reshape(-1, unit)
+            first = event.first * (SECTOR // unit)
+            part = slice(first, first + len(written))
             fine[part] |= (found[part] == written).all(axis=1)
+        fine = fine.reshape(-1, SECTOR // unit).all(axis=1)
         fine |= ~np.repeat(step.before.in_use | step.after.in_use, BLOCK // SECTOR)
         assert fine.all(), f"sectors of the base are neither flushed nor written: {np.flatnonzero(~fine)[:10].tolist()}"
 
