@@ -29,10 +29,10 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 pytestmark = pytest.mark.system
 
 SECONDS = float(os.environ.get("EXTSNAP_STRESS_SECONDS", "600"))
-MEBIBYTES = 1536
+MEBIBYTES = 4096  # with room for copies of all that is written, for every snapshot that lives
 LARGEST = 4 << 20
 FILES = 200
-SNAPSHOTS = 12
+SNAPSHOTS = 6
 _PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _FIO = """
 [global]
