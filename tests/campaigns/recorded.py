@@ -490,9 +490,10 @@ class Recorded:
             first = event.first * (SECTOR // unit)
             part = slice(first, first + len(written))
             fine[part] |= (found[part] == written).all(axis=1)
-        fine = fine.reshape(-1, SECTOR // unit).all(axis=1)
-        fine |= ~np.repeat(step.before.in_use | step.after.in_use, BLOCK // SECTOR)
-        assert fine.all(), f"sectors of the base are neither flushed nor written: {np.flatnonzero(~fine)[:10].tolist()}"
+        sectors: Flags = np.asarray(fine.reshape(-1, SECTOR // unit).all(axis=1))
+        sectors |= ~np.repeat(step.before.in_use | step.after.in_use, BLOCK // SECTOR)
+        wrong = np.flatnonzero(~sectors)
+        assert not len(wrong), f"sectors of the base are neither flushed nor written: {wrong[:10].tolist()}"
 
     def _cut_again(self, device: RecordingDevice, step: Step, rng: random.Random, variants: int) -> None:
         """Cut the recovery, and commands after it: a second power cut, also one that finds slots that disagree."""
