@@ -33,7 +33,7 @@ from extsnap.ext.directory import entries, parse_block
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.magic import recognise
 from extsnap.ext.mapping import parse_extents, parse_indirect
-from extsnap.ext.orphans import orphans
+from extsnap.ext.orphans import unlinked, waiting
 from extsnap.ondisk import checksum, codec
 from extsnap.ondisk.group import GroupDescriptor64
 from extsnap.ondisk.inode import inode_struct
@@ -242,7 +242,8 @@ def read_all(device: MemoryDevice) -> None:
             with suppress(ExtsnapError):
                 volume.verb(verb, **arguments)
         with suppress(ExtsnapError):
-            orphans(volume.filesystem())
+            fs = volume.filesystem()
+            unlinked(fs, waiting(fs))
         for name in volume.snapshot_names():
             for verb in ("show", "layout"):
                 with suppress(ExtsnapError):

@@ -21,22 +21,13 @@ _TAIL_BYTES = 8
 _MODE, _DTIME, _LINKS = 0x00, 0x14, 0x1A
 
 
-def orphans(fs: Filesystem) -> list[int]:
-    """Inodes that are open and unlinked, in no order; those that are only being truncated are left out.
+def unlinked(fs: Filesystem, inodes: list[int]) -> list[int]:
+    """Those of `waiting` that have no name; the others are only being truncated.
 
     Raises:
-        FormatError: The list, the orphan file or an inode is damaged.
+        FormatError: An inode is damaged.
     """
-    return [ino for ino in _all(fs) if not fs.inode(ino).i_links_count]
-
-
-def has_orphans(fs: Filesystem) -> bool:
-    """Whether an inode waits for e2fsck or the next mount, also one that is only being truncated.
-
-    Raises:
-        FormatError: As `orphans`.
-    """
-    return bool(_all(fs))
+    return [ino for ino in inodes if not fs.inode(ino).i_links_count]
 
 
 def prepare_release(fs: Filesystem) -> None:
@@ -47,11 +38,11 @@ def prepare_release(fs: Filesystem) -> None:
     those of the descriptors, as e2fsck makes them without a word.
 
     Raises:
-        FormatError: As `orphans`.
+        FormatError: As `waiting`.
     """
     sb = fs.superblock
     following = 0
-    for ino in _all(fs):
+    for ino in waiting(fs):
         inode = fs.inode(ino)
         inode.i_dtime = following
         fs.write_inode(ino, inode)
@@ -78,7 +69,12 @@ def orphan_file_blocks(fs: Filesystem) -> Ints:
     return expand(data[:, 1], data[:, 2])
 
 
-def _all(fs: Filesystem) -> list[int]:
+def waiting(fs: Filesystem) -> list[int]:
+    """Inodes that wait for e2fsck or the next mount, in no order.
+
+    Raises:
+        FormatError: The list, the orphan file or an inode is damaged.
+    """
     if not fs.superblock.s_feature_compat & Compat.has_journal and not fs.superblock.s_last_orphan:
         return _unlinked(fs)
     return list(dict.fromkeys([*_listed(fs), *_in_file(fs)]))

@@ -146,9 +146,7 @@ class Grower:
             if not data:
                 return None
             self._received += data
-        *lines, rest = bytes(self._received).split(b"\n")
-        self._received = bytearray(rest)
-        found = [json.loads(line) for line in lines]
+        found = _messages(self._received)
         for message in found:
             if "mounted" in message:
                 self.mounted, self.limited = bool(message["mounted"]), bool(message["limited"])
@@ -167,6 +165,13 @@ class Grower:
 
 
 # ---- the process
+
+
+def _messages(received: bytearray) -> list[dict[str, Any]]:
+    """Take the messages that have arrived whole, a line each, out of what was received."""
+    *lines, rest = bytes(received).split(b"\n")
+    received[:] = rest
+    return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -234,10 +239,7 @@ class _Process:
         if not data:
             return False
         self._received += data
-        *lines, rest = bytes(self._received).split(b"\n")
-        self._received = bytearray(rest)
-        for line in lines:
-            request = json.loads(line)
+        for request in _messages(self._received):
             if request["do"] == "watch":
                 self._watched = request
                 self._told = None

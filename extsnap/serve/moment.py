@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from extsnap.blockdev.image import ImageFile
 from extsnap.errors import ExtsnapError, FormatError
 from extsnap.ext.filesystem import Filesystem
-from extsnap.ext.orphans import has_orphans, orphans, prepare_release
+from extsnap.ext.orphans import prepare_release, unlinked, waiting
 from extsnap.ondisk.superblock import Compat
 from extsnap.serve import tools
 
@@ -122,7 +122,8 @@ def _work_left(view: str, crash: bool) -> _Left:
         journaled = bool(fs.superblock.s_feature_compat & Compat.has_journal)
         needs_replay = fs.needs_recovery or (crash and not fs.is_clean)
         try:
-            return _Left(len(orphans(fs)), has_orphans(fs), needs_replay, journaled)
+            found = waiting(fs)
+            return _Left(len(unlinked(fs, found)), bool(found), needs_replay, journaled)
         except FormatError:
             if not needs_replay:
                 raise

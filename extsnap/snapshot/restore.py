@@ -26,7 +26,7 @@ from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext import log
 from extsnap.ext.filesystem import Filesystem
-from extsnap.ext.orphans import has_orphans
+from extsnap.ext.orphans import waiting
 from extsnap.ext.owners import used_by_inodes
 from extsnap.ondisk.superblock import State
 from extsnap.snapshot import edit, graft, hidden
@@ -121,7 +121,7 @@ def has_work_left(volume: Volume, name: str) -> bool:
         return False
     try:
         fs = volume.filesystem()
-        return not fs.is_clean or has_orphans(fs)
+        return not fs.is_clean or bool(waiting(fs))
     except ExtsnapError:  # e2fsck decides
         return True
 
@@ -240,7 +240,7 @@ def _as_restored(volume: Volume, target: fmt.Snapshot) -> Overlay:
             fs.set_blocks(unmarked.runs() + np.array([fs.geometry.first_data_block, 0]), True)
             fs.flush()
             Filesystem.open(overlay).block_bitmaps()
-        elif target.consistency == fmt.Consistency.FROZEN and not fs.is_clean and not has_orphans(fs):
+        elif target.consistency == fmt.Consistency.FROZEN and not fs.is_clean and not waiting(fs):
             # Without a journal no freeze says that it is consistent, which it is.
             fs.superblock.s_state |= State.VALID
             fs.sum_counts()

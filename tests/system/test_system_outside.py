@@ -152,17 +152,23 @@ def test_an_outside_write(action: str, guard: bool) -> None:
             assert states == {"old": "ok", "new": "damaged"}
 
 
+def killed_while_served(image: Path, top: Path) -> Path:
+    """The image as a kill leaves it: served, written to and flushed, and not closed."""
+    volume = extsnap.open(image)
+    volume.begin_serving()
+    volume.write(4096, volume.read(4096, BLOCK))
+    volume.flush()
+    killed = oracle.copy_image(image, top / "killed.img")
+    volume.close()
+    return killed
+
+
 @pytest.mark.parametrize("action", [name for name in ACTIONS if name != "dd"])
 def test_nobody_writes_after_a_kill(action: str) -> None:
     """The dirty mark keeps every tool away; the next command completes what there is, and no snapshot is at risk."""
     with arena() as top:
         image = history(top, guard=False)
-        volume = extsnap.open(image)
-        volume.begin_serving()
-        volume.write(4096, volume.read(4096, BLOCK))
-        volume.flush()
-        killed = oracle.copy_image(image, top / "killed.img")
-        volume.close()
+        killed = killed_while_served(image, top)
         left = oracle.sha256(killed)
         ACTIONS[action][0](killed)
         assert oracle.sha256(killed) == left
@@ -177,12 +183,7 @@ def test_what_heeds_no_mark_after_a_kill_is_found_by_the_checksums() -> None:
     with arena() as top:
         image = history(top, guard=True)
         block = int(oracle.file_blocks(image, "/f1").data_blocks[5])
-        volume = extsnap.open(image)
-        volume.begin_serving()
-        volume.write(4096, volume.read(4096, BLOCK))
-        volume.flush()
-        killed = oracle.copy_image(image, top / "killed.img")
-        volume.close()
+        killed = killed_while_served(image, top)
         overwrite_at(killed, block)
         with extsnap.open(killed):
             pass
