@@ -3,13 +3,15 @@
 `image` is a small volume with snapshots whose store has one of each structure.  `sealed_*` give the volume with one
 structure changed and everything above it sealed again.  `read_all` and `change_all` do to a volume what the commands
 do.  `TARGETS` are the parsers as functions of a byte string, for the fuzzer and for the replay of what it found:
-a byte string decides what is changed, so a case that crashed is stored in a few bytes.
+a byte string decides what is changed, so a case that crashed is stored in a few bytes.  What the fuzzer begins with
+is in ``tests/fixtures/seeds`` (made by ``tools/make-seeds``), what it found in ``tests/fixtures/fuzz``.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import gzip
 import os
 import random
 import resource
@@ -29,15 +31,19 @@ from lab import BLOCK, MemoryDevice
 from extsnap.blockdev.overlay import Overlay
 from extsnap.blockdev.partitions import read_table
 from extsnap.errors import ExtsnapError
+from extsnap.ext import log
 from extsnap.ext.directory import entries, parse_block
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.magic import recognise
 from extsnap.ext.mapping import parse_extents, parse_indirect
 from extsnap.ext.orphans import unlinked, waiting
-from extsnap.ondisk import checksum, codec
+from extsnap.ondisk import checksum, codec, journal_tags
 from extsnap.ondisk.group import GroupDescriptor64
 from extsnap.ondisk.inode import inode_struct
-from extsnap.ondisk.superblock import Superblock
+from extsnap.ondisk.journal import SIZE as JOURNAL_SUPERBLOCK
+from extsnap.ondisk.journal import JournalIncompat, JournalSuperblock
+from extsnap.ondisk.journal_tags import BlockType
+from extsnap.ondisk.superblock import Incompat, Superblock
 from extsnap.serve import control, fuse
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.masks import MaskTable
@@ -45,7 +51,8 @@ from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.store import Root, Store
 from extsnap.snapshot.volume import Volume
 
-FOUND = Path(__file__).resolve().parent / "fixtures" / "fuzz"
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+FOUND, SEEDS = FIXTURES / "fuzz", FIXTURES / "seeds"
 #: What is promised of every command on every image.
 SECONDS, BYTES = 10.0, 512 << 20
 
@@ -229,12 +236,15 @@ def directory_block(device: MemoryDevice, number: int = 2) -> tuple[int, int]:
 # ---- what the commands do
 
 
-def read_all(device: MemoryDevice) -> None:
-    """Everything that the reading commands do; what they refuse is passed over."""
-    with suppress(ExtsnapError):
+def read_all(device: MemoryDevice) -> str:
+    """Everything that the reading commands do; what they refuse is passed over.  Why ``list`` is, or nothing."""
+    try:
         volume = Volume(device)
+        volume.verb("list")
+    except ExtsnapError as error:
+        return str(error)
+    with suppress(ExtsnapError):
         for verb, arguments in (
-            ("list", {}),
             ("info", {}),
             ("check", {}),
             *(("dump", {"what": what}) for what in ("header", "log", "records", "snapshots", "bitmaps")),
@@ -251,18 +261,24 @@ def read_all(device: MemoryDevice) -> None:
             with suppress(ExtsnapError):
                 for _ in volume.open_view(name).pieces():
                     pass
+    return ""
 
 
-def change_all(device: MemoryDevice) -> None:
-    """What the writing commands do, one after the other, as far as each is not refused."""
+def change_all(device: MemoryDevice) -> str:
+    """What the writing commands do, one after the other, as far as each is not refused; why one was, or nothing."""
+    refusal = ""
     for verb, arguments in (
         ("create", {"name": "new"}),
         ("restore", {"name": "one"}),
         ("delete", {"names": ["two"]}),
         ("strip", {}),
     ):
-        with suppress(ExtsnapError), Volume(device, writable=True) as volume:
-            volume.verb(verb, **arguments)
+        try:
+            with Volume(device, writable=True) as volume:
+                volume.verb(verb, **arguments)
+        except ExtsnapError as error:
+            refusal = refusal or str(error)
+    return refusal
 
 
 def refused(device: MemoryDevice) -> str:
@@ -394,32 +410,75 @@ def _changed_filesystem(choose: Choices) -> MemoryDevice:
     return device
 
 
-def _volume(data: bytes) -> None:
-    """`Volume` and the reading verbs over a volume with sealed changes."""
+@functools.cache
+def fixture_names() -> list[str]:
+    """The small real images that are odd in one way."""
+    return sorted(path.name.removesuffix(".img.gz") for path in FIXTURES.glob("*.img.gz"))
+
+
+@functools.cache
+def fixture(name: str) -> bytes:
+    """One of them."""
+    return gzip.decompress((FIXTURES / f"{name}.img.gz").read_bytes())
+
+
+def _changed_fixture(choose: Choices) -> MemoryDevice:
+    """A small real image with a field changed in one of its first blocks, or in the journal's; superblock sealed."""
+    names = fixture_names()
+    device = MemoryDevice(fixture(names[choose.number(len(names))]))
+    if choose.number(4) == 0:
+        return device
+    blocks = list(range(2, 256))
+    with suppress(ExtsnapError):
+        journal = Filesystem.open(Medium(device)).journal
+        if journal is not None:
+            blocks += [journal.superblock_block, *range(journal.data_runs[0, 0], journal.data_runs[0, 0] + 16)]
+    at = blocks[choose.number(len(blocks))] * BLOCK
+    device.pwrite(at, choose.change(device.pread(at, BLOCK)))
+    if choose.number(2):
+        device.pwrite(1024, choose.change(device.pread(1024, 1020)))
+    return seal_superblock(device) if checksum_of_superblock(device) else device
+
+
+def checksum_of_superblock(device: MemoryDevice) -> bool:
+    """Whether the primary superblock has a checksum (s_feature_ro_compat says metadata_csum)."""
+    return bool(int.from_bytes(device.pread(1024 + 0x64, 4), "little") & 0x400)
+
+
+#: What the targets `volume` and `commands` change.
+_CHANGED = (_changed_store, _changed_filesystem, _changed_fixture)
+
+
+def _volume(data: bytes) -> str:
+    """`Volume` and the reading verbs over a volume with sealed changes; why it is refused, or nothing."""
     choose = Choices(data)
     try:
-        device = (_changed_store, _changed_filesystem)[choose.number(2)](choose)
+        device = _CHANGED[choose.number(len(_CHANGED))](choose)
     except (ExtsnapError, AssertionError):
-        return  # cannot be sealed: not a case
+        return ""  # cannot be sealed: not a case
     before = bytes(device.content)
-    read_all(device)
+    refusal = read_all(device)
     assert device.content == before, "a reading command wrote"
+    return refusal
 
 
-def _commands(data: bytes) -> None:
+def _commands(data: bytes) -> str:
     """The same with the writing verbs."""
     choose = Choices(data)
     try:
-        device = (_changed_store, _changed_filesystem)[choose.number(2)](choose)
+        device = _CHANGED[choose.number(len(_CHANGED))](choose)
     except (ExtsnapError, AssertionError):
-        return
-    change_all(device)
+        return ""
+    return change_all(device)
 
 
-def _parsers(data: bytes) -> None:
-    """Every parser over the bytes themselves."""
+def _parsers(data: bytes) -> str:
+    """Every parser over the bytes themselves; what one refuses them with, or nothing."""
     choose = Choices(data)
-    which = choose.number(12)
+    which = choose.number(len(PARSERS))
+    features = 0
+    if PARSERS[which] in ("tags", "revoked"):
+        features = LAYOUTS[choose.number(len(LAYOUTS))]
     raw = choose.take(choose.left)
     device = MemoryDevice(raw.ljust(4096, b"\0"))
 
@@ -440,9 +499,93 @@ def _parsers(data: bytes) -> None:
         lambda: fmt.parse_snapshots(raw),
         lambda: MaskTable.parse(raw),
         lambda: list(entries(Filesystem.open(device), 2)),
+        lambda: journal_tags.parse_tags(raw.ljust(BLOCK, b"\0"), features),
+        lambda: journal_tags.parse_revoked(raw.ljust(BLOCK, b"\0"), features),
     )
-    with suppress(ExtsnapError):
+    assert len(parsers) == len(PARSERS)
+    try:
         parsers[which]()
+    except ExtsnapError as error:
+        return str(error)
+    return ""
+
+
+#: The parsers by the first byte of what the target `parsers` gets.
+PARSERS = (
+    "partitions",
+    "recognise",
+    "superblock",
+    "group",
+    "inode",
+    "extents",
+    "indirect",
+    "directory",
+    "sections",
+    "snapshots",
+    "masks",
+    "volume",
+    "tags",
+    "revoked",
+)
+#: s_feature_incompat of the journals that there are: each layout of a tag.
+LAYOUTS = (
+    0,
+    JournalIncompat.BIT64,
+    JournalIncompat.CSUM_V2,
+    JournalIncompat.CSUM_V2 | JournalIncompat.BIT64,
+    JournalIncompat.CSUM_V3,
+    JournalIncompat.CSUM_V3 | JournalIncompat.BIT64,
+)
+
+
+def _log(data: bytes) -> str:
+    """A log that lies, its checksums right, and what a replay makes of it: what it is refused with, or nothing."""
+    choose = Choices(data)
+    device = MemoryDevice(lab.plain_image("ext4"))
+    fs = Filesystem.open(Medium(device))
+    journal = fs.journal
+    assert journal is not None
+    features = LAYOUTS[choose.number(len(LAYOUTS))] | JournalIncompat.REVOKE
+    first = int(journal.superblock.s_first)
+    log_blocks = np.concatenate([np.arange(start, start + count) for start, count in journal.data_runs.tolist()])
+    sequence = (0, 1, 100, 0xFFFFFFFE)[choose.number(4)]
+    start = first + (0 if choose.number(4) else len(log_blocks) - 1 - choose.number(8))
+    sb = journal.superblock.copy()
+    sb.s_sequence, sb.s_start, sb.s_feature_incompat = sequence, start, features
+    raw = codec.build(JournalSuperblock, sb, "journal superblock")
+    if not choose.number(8):
+        raw = choose.change(raw)
+    if int(features) & (JournalIncompat.CSUM_V2 | JournalIncompat.CSUM_V3):
+        raw = raw[:0xFC] + checksum.journal_superblock_checksum(raw).to_bytes(4, "big") + raw[0x100:]
+    device.pwrite(journal.superblock_block * BLOCK, raw + journal.block[JOURNAL_SUPERBLOCK:])
+    at, seed = start, checksum.crc32c_raw(0xFFFFFFFF, journal.superblock.s_uuid)
+    for _ in range(1 + choose.number(24)):
+        kind = (BlockType.DESCRIPTOR, BlockType.REVOKE, BlockType.COMMIT, 0, 7)[choose.number(5)]
+        block = journal_tags.HEADER.pack(0xC03B3998, kind, sequence) + bytes(BLOCK - journal_tags.HEADER.size)
+        size = choose.number(BLOCK // 4)
+        if kind in (BlockType.DESCRIPTOR, BlockType.REVOKE):
+            block = block[:12] + choose.take(size).ljust(BLOCK - 12, b"\0")
+        if not kind:
+            block = choose.take(size).ljust(BLOCK, b"\0")  # content of what a descriptor names
+        elif choose.number(16):
+            where = slice(16, 20) if kind == BlockType.COMMIT else slice(BLOCK - 4, BLOCK)
+            sealed = block[: where.start] + bytes(4) + block[where.stop :]
+            value = checksum.crc32c_raw(seed, sealed).to_bytes(4, "big")
+            block = block[: where.start] + value + block[where.stop :]
+        device.pwrite(int(log_blocks[(at - first) % len(log_blocks)]) * BLOCK, block)
+        at += 1
+        if kind == BlockType.COMMIT:
+            sequence = (sequence + 1 + (choose.number(3) if not choose.number(16) else 0)) & 0xFFFFFFFF
+    superblock = codec.parse(Superblock, device.pread(1024, 1024), "superblock")
+    superblock.s_feature_incompat |= Incompat.needs_recovery
+    device.pwrite(1024, codec.build(Superblock, superblock, "superblock"))
+    overlay = Overlay(Medium(seal_superblock(device)), BLOCK)
+    try:
+        log.replay(Filesystem.open(overlay, writable=True, lenient=True))
+        log.recovered(Filesystem.open(overlay, writable=True))
+    except ExtsnapError as error:
+        return str(error)
+    return ""
 
 
 class _FuseVolume:
@@ -513,6 +656,23 @@ _REQUESTS = (
 )
 
 
+def _packets(choose: Choices) -> Iterator[bytes]:
+    """The bytes as they are, packet after packet, each with its length in front; or requests of ours, changed."""
+    if choose.number(2):
+        while choose.left:
+            size = choose.take(4)
+            yield size + choose.take(min(choose.left, max(0, int.from_bytes(size, "little") - 4)))
+        return
+    for _ in range(1 + choose.number(24)):
+        opcode, node, body = _REQUESTS[choose.number(len(_REQUESTS))]
+        packet = fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, 2, node, 0, 0, 1, 0, 0) + body
+        if choose.number(3):
+            size = packet[:4]
+            packet = choose.change(packet)
+            packet = size + packet[4:] if choose.number(4) else packet
+        yield packet[: max(1, len(packet) - (choose.number(8) if not choose.number(16) else 0))]
+
+
 def _fuse(data: bytes) -> None:
     """Messages as the kernel sends them, some changed: an error of ours is never anything but a refusal."""
     choose = Choices(data)
@@ -523,14 +683,8 @@ def _fuse(data: bytes) -> None:
         ours.setblocking(False)
         files = fuse.FuseFiles(theirs.fileno(), _FuseVolume(), log=said.append, max_write=1 << 16)  # type: ignore[arg-type]
         files._note = said.append  # type: ignore[method-assign,assignment]
-        for _ in range(1 + choose.number(24)):
-            opcode, node, body = _REQUESTS[choose.number(len(_REQUESTS))]
-            packet = fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, 2, node, 0, 0, 1, 0, 0) + body
-            if choose.number(3):
-                size = packet[:4]
-                packet = choose.change(packet)
-                packet = size + packet[4:] if choose.number(4) else packet
-            ours.send(packet[: max(1, len(packet) - (choose.number(8) if not choose.number(16) else 0))])
+        for packet in _packets(choose):
+            ours.send(packet)
             assert files.serve_one()
             with suppress(BlockingIOError):
                 while True:
@@ -570,8 +724,9 @@ def _control(data: bytes) -> None:
                     client.receive()
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], str | None]] = {
     "parsers": _parsers,
+    "log": _log,
     "volume": _volume,
     "commands": _commands,
     "fuse": _fuse,
@@ -579,26 +734,17 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-def seeds(target: str) -> list[bytes]:
-    """Byte strings that lead to something, to begin with."""
-    rng = random.Random(target)
-    found = [bytes([which]) + rng.randbytes(96) for which in range(16) for _ in range(4)]
-    if target == "control":
-        lines = (
-            b'{"verb": "list", "args": {}}',
-            b'{"ok": true, "result": {}}',
-            b'{"ok": false, "error": {"class": "OSError", "message": "m", "hint": "h", "errno": 5}}',
-            b"[" * 5000,
-            b'{"ok": 1, "result": [1]}',
-            b'{"ok": 0, "error": {"class": "OSError", "errno": 1e999}}',
-            b'{"ok": 0, "error": "x"}',
-        )
-        found += [bytes([side]) + line for side in range(2) for line in lines]
-    if target == "parsers":
-        raw = image()
-        places = [0, 1024, 2048, *range(3 * BLOCK, 400 * BLOCK, 16 * BLOCK)]
-        found += [bytes([which]) + raw[at : at + BLOCK] for which in range(12) for at in places]
-    return found
+def ending(target: str, data: bytes) -> str:
+    """How a seed ends, as the README of the seeds has it."""
+    said = TARGETS[target](data)
+    if target in ("volume", "commands"):
+        return "refused" if said else "done"
+    return "" if said is None else said or "read"
+
+
+def seeds(target: str = "*") -> list[Path]:
+    """What the fuzzer begins with, as ``tests/fixtures/seeds/TARGET/NAME``."""
+    return sorted(path for path in SEEDS.glob(f"{target}/*") if path.parent.name in TARGETS)
 
 
 def scratch_file(content: bytes) -> str:

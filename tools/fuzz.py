@@ -4,9 +4,10 @@
     tools/fuzz all --seconds 3600
 
 A target is a function of a byte string (`tests/hostile.py`); only ExtsnapError and OSError may come out of what it
-calls.  What is stored in ``tests/fixtures/fuzz/TARGET`` is replayed first.  What crashes is written there: name the
-file after what is wrong, and it is a regression test (`tests/unit/test_hostile.py`).  ``all`` gives each target an
-equal share of the time, goes on behind a crash with another seed, and prints one line of figures for each.
+calls.  It begins with ``tests/fixtures/seeds/TARGET`` and ``tests/fixtures/fuzz/TARGET``.  What crashes is written to
+the latter: name the file after what is wrong, and it is a regression test (`tests/unit/test_hostile.py`).  ``all``
+gives each target an equal share of the time, goes on behind a crash with another seed, and prints one line of figures
+for each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 FOUND = ROOT / "tests" / "fixtures" / "fuzz"
-TARGETS = ("volume", "commands", "parsers", "fuse", "control")
+TARGETS = ("volume", "commands", "parsers", "log", "fuse", "control")
 #: As libFuzzer names what it found.
 FINDINGS = ("crash-", "timeout-", "oom-", "leak-", "slow-unit-")
 #: The last line of progress, and the number of runs.
@@ -42,8 +43,9 @@ def fuzz(target: str, seconds: int, seed: int, corpus: Path) -> None:
     found = FOUND / target
     stored = [path for path in hostile.stored() if path.parent.name == target]
     # What is not corrected yet would end every run at its beginning.
-    known = [path.read_bytes() for path in stored if not path.name.startswith(FINDINGS)]
-    for data in [*hostile.seeds(target), *known]:
+    known = [path for path in stored if not path.name.startswith(FINDINGS)]
+    for path in [*hostile.seeds(target), *known]:
+        data = path.read_bytes()
         (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
     found.mkdir(parents=True, exist_ok=True)
     limits = [f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4096", "-timeout=10", "-report_slow_units=5"]

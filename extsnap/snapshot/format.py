@@ -468,7 +468,9 @@ def parse_snapshots(raw: bytes) -> list[Snapshot]:
             )
             for entry in _parse_entries(raw)
         ]
-    except (c.ConstructError, ValueError) as error:
+    except c.StreamError as error:
+        raise StoreDamaged("snapshot table: an entry is cut off") from error
+    except ValueError as error:
         raise StoreDamaged(f"snapshot table: {error}") from error
 
 

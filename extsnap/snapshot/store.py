@@ -289,7 +289,7 @@ class Root:
         except KeyError as error:
             raise StoreDamaged(f"root: section {error} is missing") from error
         except (construct.ConstructError, ValueError) as error:
-            raise StoreDamaged(f"root: {error}") from error
+            raise StoreDamaged(f"root: {' '.join(str(error).split())}") from error
         root.verify_places()
         limits.require_root(root, device_blocks)
         if len(root.mapping) and (root.mapping.min() < 0 or root.mapping.max() >= device_blocks):

@@ -6,6 +6,7 @@ The limits are what docs/SECURITY.md promises: 10 s and 512 MiB.  Images are mad
 from __future__ import annotations
 
 import random
+import re
 import socket
 import struct
 
@@ -249,11 +250,26 @@ def test_a_short_life_of_the_fuzzer(target: str) -> None:
     """Byte strings of a fixed seed; tools/fuzz goes on from here, guided by coverage."""
     rng = random.Random(f"short {target}")
     count = {"volume": 12, "commands": 4}.get(target, 300)
-    cases = [rng.randbytes(200) for _ in range(count)]
-    cases += hostile.seeds(target) if target not in ("volume", "commands") else []
     with bounded(120):
-        for data in cases:
-            hostile.TARGETS[target](data)
+        for _ in range(count):
+            hostile.TARGETS[target](rng.randbytes(200))
+
+
+SEEDS = dict(
+    re.findall(r"^\| `([^`]+)` \| [^|]+ \| (.*) \|$", (hostile.SEEDS / "README.md").read_text(), re.MULTILINE)
+)
+
+
+def test_the_readme_lists_every_seed():
+    assert sorted(SEEDS) == [f"{path.parent.name}/{path.name}" for path in hostile.seeds()]
+    assert {name.split("/")[0] for name in SEEDS} == set(hostile.TARGETS)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_seed_ends_as_its_readme_says(name: str) -> None:
+    target = name.split("/")[0]
+    with bounded():
+        assert hostile.ending(target, (hostile.SEEDS / name).read_bytes()) == SEEDS[name]
 
 
 @pytest.mark.parametrize("path", hostile.stored(), ids=lambda path: f"{path.parent.name}-{path.name}")
