@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Ints, breaks_to_runs, expand
-from extsnap.errors import DamagedCopy, StoreDamaged
+from extsnap.errors import DamagedCopy, StoreDamaged, VolumeFull
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import CRC_DTYPE
@@ -54,14 +54,24 @@ def add(volume: Volume, name: str) -> int:
     view = volume.open_view(name)
     runs = view.preserved_runs()
     count = int(runs[:, 1].sum())
-    needed = -(-count * 4 // volume.block_size) + engine.reserve() + edit.MINIMUM_ROOM
-    if store.available < needed:
-        edit.grow(volume, needed - store.available)
-    crcs = (_crcs(view, part).astype(CRC_DTYPE).tobytes() for part in _parts(runs))
-    store.write_pieces(KIND, key_of(view.snapshot), 4 * count, crcs, twin=False)
-    store.commit()
+    needed = _blocks_needed(volume, count)
+    before = store.root.extents
+    try:
+        if store.available < needed:
+            edit.grow(volume, needed - store.available)
+        crcs = (_crcs(view, part).astype(CRC_DTYPE).tobytes() for part in _parts(runs))
+        store.write_pieces(KIND, key_of(view.snapshot), 4 * count, crcs, twin=False)
+        store.commit()
+    except VolumeFull:
+        volume.back_to_size(before)
+        raise
     volume.settle()
     return count
+
+
+def _blocks_needed(volume: Volume, count: int) -> int:
+    """Free blocks that the store is to have for so many checksums."""
+    return -(-count * 4 // volume.block_size) + volume.require_engine().reserve() + edit.MINIMUM_ROOM
 
 
 def changed(volume: Volume, entry: fmt.Snapshot) -> Iterator[Ints]:

@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import ByteWindows, Ints, bitmap_runs, breaks_to_runs, distinct, runs_of, set_runs
+from extsnap.arrays import (
+    ByteWindows,
+    Ints,
+    bitmap_runs,
+    bits_of,
+    breaks_to_runs,
+    distinct,
+    merge_runs,
+    runs_of,
+    set_runs,
+)
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import RestoreRefused, StoreDamaged, VolumeFull
 from extsnap.ext.filesystem import Filesystem
@@ -184,6 +194,35 @@ def shrink(volume: Volume, blocks: int) -> int:
         store.put_back(withdrawn)
         return 0
     return int(withdrawn[:, 1].sum())
+
+
+def give_back_growth(volume: Volume, before: Extents) -> None:
+    """Give back what the store grew by since it had the extents ``before``, as far as nothing in it is in use.
+
+    The header's chains, which every commit puts somewhere else, leave it first.  The mark goes on and stays on.
+    """
+    store = volume.require_store()
+    unit = volume.filesystem().geometry.cluster_blocks
+    size = store.root.size_blocks
+
+    def grown_and_free() -> Ints:
+        bits = bits_of(store.available_runs(), size)
+        set_runs(bits, before[:, [0, 2]], False)
+        return bitmap_runs(bits, size)
+
+    gone = grown_and_free()
+    store.withdraw(gone)
+    try:
+        store.commit()
+        left = grown_and_free()
+        store.withdraw(left)
+        gone = merge_runs(np.concatenate([gone, left]))
+        start, end = -(-gone[:, 0] // unit) * unit, gone.sum(axis=1) // unit * unit
+        whole = np.stack([start, end - start], axis=1)[end > start]
+        if len(whole):
+            resize(volume, without(store.root, whole))
+    except VolumeFull:
+        store.put_back(gone)
 
 
 def unused_runs(store: Store, blocks: int, unit: int) -> Ints:

@@ -778,6 +778,7 @@ class Volume:
             consistency = fmt.Consistency.FROZEN
         else:
             consistency = fmt.Consistency.CRASH
+        before = self.store.root.extents if self.store is not None else None
         try:
             if self.store is None:
                 edit.set_up(self)
@@ -791,7 +792,10 @@ class Volume:
                 self._grow_ahead()
             self.settle()
         except (ExtsnapError, OSError) as error:
-            self._back_to_rest()
+            if isinstance(error, VolumeFull):
+                self.back_to_size(before)
+            else:
+                self._back_to_rest()
             if isinstance(error, VolumeFull | FormatError) and fs.has_errors:
                 unsound = int((~fs.sound_groups).sum())
                 reason = f"{self.name} is marked with errors"
@@ -816,6 +820,20 @@ class Volume:
             edit.finish(self)
         if self.store is not None and self.medium.state.mark and not self.serving and store.root.restore is None:
             self.settle()
+
+    def back_to_size(self, before: Extents | None) -> None:
+        """After a refusal: the committed state, the store as large as when it had ``before``; None: there was none.
+
+        One that is served gives back what it does not need at the end of that.
+        """
+        self._back_to_rest()
+        if self.store is None or self.serving:
+            return
+        if before is None:
+            edit.remove(self)
+            return
+        edit.give_back_growth(self, before)
+        self.settle()
 
     def _free_name(self, created: int) -> str:
         base = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(created // 10**9))

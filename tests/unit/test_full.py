@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import lab
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from lab import BLOCK, MemoryDevice
 
 from extsnap.errors import ExtsnapError, VolumeFull
-from extsnap.snapshot import edit, settings
+from extsnap.snapshot import checksums, edit, settings
+from extsnap.snapshot import format as fmt
 from extsnap.snapshot.full import Fill
 from extsnap.snapshot.volume import Volume
 
@@ -305,6 +307,111 @@ def test_a_create_makes_room_for_itself() -> None:
     assert "s0" not in volume.snapshot_names()
     assert opened(device).verb("check")["store"]["ok"]
     assert not lab.complaint(device.content)
+
+
+def little_room(kind: str) -> MemoryDevice:
+    """A volume at rest whose store can grow by a part of what one more snapshot needs."""
+    device = MemoryDevice(lab.plain_image(kind))
+    volume, _ = small(device, snapshots=2)
+    base = volume.read(0, volume.size)
+    filled = lab.changed_by_debugfs(base, "write {} n0", data=b"x" * (lab.survey(base).free - 60) * BLOCK)
+    for offset, length in lab.changed_runs(base, filled, BLOCK):
+        volume.write(offset, filled[offset : offset + length])
+    for block in blocks_of_files(volume):
+        if volume.require_engine().room() <= 20:
+            break
+        volume.write(block * BLOCK, random.Random(block).randbytes(BLOCK))
+    assert volume.end_serving()
+    return device
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+def test_a_create_that_is_refused_gives_back_what_the_store_grew_by(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = little_room(kind)
+    before = lab.survey(device.content)
+    grown = []
+    grow = edit.grow
+    monkeypatch.setattr(edit, "grow", lambda *arguments: grown.append(grow(*arguments)) or grown[-1])
+    volume = opened(device)
+    with pytest.raises(VolumeFull, match="the snapshot needs"):
+        volume.create("third")
+    assert sum(grown) > 10, "the store has grown before the refusal"
+    after = lab.survey(device.content)
+    assert after.free == before.free
+    assert np.array_equal(after.in_use, before.in_use), "blocks that dumpe2fs calls free"
+    assert np.array_equal(after.store, before.store)
+    assert not lab.complaint(device.content)
+    assert not device.content[1024 + MARK_BYTE] & 0x80
+    assert opened(device).verb("check")["store"]["ok"]
+
+
+def test_the_header_leaves_what_the_store_grew_by() -> None:
+    """Every commit puts its chains somewhere else; these are where a shrink takes away."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.create("one")
+    before, store = lab.survey(device.content), volume.require_store()
+    extents = store.root.extents
+    assert edit.grow(volume, 40) == 40
+    store._cursor = (store.root.size_blocks - 32) // 8
+    store.commit()
+    assert max(chain.max() for chain in store._chains) >= extents[-1, 0] + extents[-1, 2]
+    edit.give_back_growth(volume, extents)
+    volume.settle()
+    after = lab.survey(device.content)
+    assert np.array_equal(after.store, before.store)
+    assert after.free == before.free
+    assert not lab.complaint(device.content)
+    assert opened(device).verb("check")["store"]["ok"]
+
+
+def test_checksums_that_are_refused_give_back_what_the_store_grew_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = MemoryDevice(lab.plain_image("ext4"))
+    opened(device).create("one")
+    before = lab.survey(device.content)
+    volume = opened(device)
+    store = volume.require_store()
+
+    write = store.write_pieces
+
+    def refuse(kind: fmt.BlobKind, *arguments: Any, **more: Any) -> None:
+        if kind != fmt.BlobKind.CHECKSUMS:
+            return write(kind, *arguments, **more)
+        assert int(store.root.extents[:, 2].sum()) > int(before.store[:, 2].sum()), "it has grown"
+        raise VolumeFull("there is no room")
+
+    monkeypatch.setattr(store, "write_pieces", refuse)
+    monkeypatch.setattr(checksums, "_blocks_needed", lambda *_: store.available + 50)
+    with pytest.raises(VolumeFull, match="there is no room"):
+        volume.verb("checksum", name="one")
+    after = lab.survey(device.content)
+    assert np.array_equal(after.store, before.store)
+    assert after.free == before.free
+    assert not lab.complaint(device.content)
+    assert opened(device).verb("check")["store"]["ok"]
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4"])
+def test_a_first_create_that_is_refused_leaves_a_plain_volume(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store finds room, and then the snapshot does not."""
+    device = MemoryDevice(lab.plain_image(kind))
+    before = lab.survey(device.content)
+    volume = opened(device)
+
+    def refuse(**_: object) -> None:
+        assert volume.store is not None
+        edit.grow(volume, 100)
+        raise VolumeFull("there is no room")
+
+    monkeypatch.setattr(volume, "make_room_for_snapshot", refuse)
+    with pytest.raises(VolumeFull, match="there is no room"):
+        volume.create("one")
+    after = lab.survey(device.content)
+    assert not len(after.store)
+    assert after.free == before.free
+    assert np.array_equal(after.in_use, before.in_use)
+    assert not lab.complaint(device.content)
+    assert opened(device).store is None
 
 
 @pytest.mark.parametrize("free", [160, 320])
