@@ -11,6 +11,14 @@ from extsnap.ondisk import codec
 from extsnap.ondisk.checksum import journal_superblock_checksum
 from extsnap.ondisk.journal import MAGIC, SIZE, JournalIncompat, JournalSuperblock
 
+#: Sequences are numbers modulo this.
+SEQUENCES = 1 << 32
+
+
+def later(one: int, other: int) -> int:
+    """The one of two sequences that comes after the other: they go round, as in the kernel's ``tid_geq``."""
+    return one if (one - other) % SEQUENCES < SEQUENCES // 2 else other
+
 
 @dataclass(frozen=True)
 class Journal:

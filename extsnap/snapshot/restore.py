@@ -26,6 +26,7 @@ from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext import log
 from extsnap.ext.filesystem import Filesystem
+from extsnap.ext.journal import SEQUENCES, later
 from extsnap.ext.orphans import waiting
 from extsnap.ext.owners import used_by_inodes
 from extsnap.ondisk.superblock import State
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Blocks of the base volume compared and written at once.
 PIECE_BLOCKS = 1024
+#: More transactions than any volume sees between a snapshot and its restore.
+FAR = 1 << 30
 
 
 def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot | None:
@@ -269,7 +272,7 @@ def _target_metadata(
     journal = fs.journal
     if journal is not None:
         if sequence is None:
-            sequence = (max(journal.sequence, _sequence_now(volume)) + 1) & 0xFFFFFFFF
+            sequence = (later(journal.sequence, _sequence_now(volume, journal.sequence)) + 1) % SEQUENCES
         fs.write_block(journal.superblock_block, journal.superblock_with(sequence=sequence))
     fs.flush()
     changes = overlay.changes()
@@ -287,18 +290,18 @@ def _outside(changes: dict[int, bytes], runs: Ints) -> dict[int, bytes]:
     return {block: changes[block] for block in blocks[~inside].tolist()}
 
 
-def _sequence_now(volume: Volume) -> int:
-    """Sequence past everything that the base volume's journal can hold.
+def _sequence_now(volume: Volume, then: int) -> int:
+    """Sequence past everything that the base volume's journal can hold; without one that of the target (``then``).
 
     Without it a stale block could look like the next transaction of the restored journal.  A filesystem too damaged
-    to tell has no journal that anybody replays before the restore is done.
+    to tell has no journal that anybody replays before the restore is done: far ahead of the target is past all of it.
     """
     try:
         fs = volume.filesystem()
         journal = fs.journal
-        return log.end_sequence(fs, journal) if journal else 0
+        return log.end_sequence(fs, journal) if journal else then
     except ExtsnapError:
-        return 1 << 30
+        return (then + FAR) % SEQUENCES
 
 
 def complete(volume: Volume) -> None:

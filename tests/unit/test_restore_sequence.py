@@ -1,0 +1,61 @@
+"""A restore keeps the journal's sequence moving forward, also where it goes past 2^32."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import lab
+import pytest
+
+from extsnap.ext.journal import later
+from extsnap.snapshot.volume import Volume
+
+
+def opened(device: lab.MemoryDevice) -> Volume:
+    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
+    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
+
+
+def journal_sequence(device: lab.MemoryDevice) -> int:
+    """By dumpe2fs."""
+    with lab.as_file(device.content) as path:
+        found = re.search(r"^Journal sequence: +(0x[0-9a-f]+)$", lab.run("dumpe2fs", "-h", path), re.MULTILINE)
+    assert found
+    return int(found[1], 16)
+
+
+def go_on_at(device: lab.MemoryDevice, sequence: int) -> None:
+    """As if a kernel had mounted the volume and written transactions: the empty journal goes on at ``sequence``."""
+    volume = opened(device)
+    volume.begin_serving(grow=False)
+    journal = volume.filesystem().journal
+    assert journal is not None
+    volume.write(journal.superblock_block * lab.BLOCK, journal.superblock_with(sequence=sequence))
+    assert volume.end_serving()
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [(5, 9), (0xFFFFFFFD, 3), (0xFFFFFFF0, 0xFFFFFFFF), (0x7FFFFFFF, 0x80000005)],
+    ids=["plain", "past-the-end", "to-the-end", "past-the-middle"],
+)
+def test_the_sequence_goes_on_from_now(then: int, now: int) -> None:
+    device = lab.MemoryDevice(lab.plain_image("ext4"))
+    go_on_at(device, then)
+    opened(device).create("then")
+    go_on_at(device, now)
+    assert journal_sequence(device) == now
+    opened(device).verb("restore", name="then")
+    assert journal_sequence(device) == (now + 1) % 2**32
+    assert not lab.complaint(device.content)
+    opened(device).verb("restore", undo=True)
+    assert journal_sequence(device) == (now + 2) % 2**32
+    assert not lab.complaint(device.content)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(2, 1), (0, 0xFFFFFFFF), (0x80000000, 1), (7, 7), (0x7FFFFFFF, 0), (0, 0x80000001)]
+)
+def test_which_of_two_comes_later(one: int, other: int) -> None:
+    assert later(one, other) == later(other, one) == one
