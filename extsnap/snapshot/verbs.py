@@ -88,13 +88,17 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
     }
 
 
+def run(volume: Volume, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Carry out a command by name; what opening the volume has mended is a notice of every one."""
+    result = VERBS[name](volume, **arguments)
+    if volume.mended and name != "note_check":
+        mended = [f"{volume.name}: {what}; it was written again" for what in volume.mended]
+        result["notices"] = mended + list(result.get("notices") or ())
+    return result
+
+
 def _warnings(volume: Volume) -> list[str]:
-    """What the user should know: what was mended, and the one thing that is to be done next."""
-    mended = [f"{volume.name}: {what}; it was written again" for what in volume.mended]
-    return mended + _next_to_do(volume)
-
-
-def _next_to_do(volume: Volume) -> list[str]:
+    """The one thing that is to be done next."""
     if volume.outside_write:
         names = ", ".join(volume.snapshot_names())
         return [f"{volume.name} was written outside extsnap; snapshots at risk: {names}"]

@@ -1335,11 +1335,11 @@ class Volume:
 
     def verb(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         """Run a command by name; returns the dict that ``--json`` prints."""
-        from extsnap.snapshot.verbs import VERBS
+        from extsnap.snapshot.verbs import VERBS, run
 
         if name not in VERBS:
             raise ExtsnapError(f"there is no command {name!r}")
-        return VERBS[name](self, **arguments)
+        return run(self, name, arguments)
 
     def close(self) -> None:
         """Close the image; held writes of a volume that nobody ended serving are lost, as at a power cut."""

@@ -43,6 +43,16 @@ def test_every_copy_is_named_and_mended_to_the_last_byte() -> None:
         assert opened(medium, writable=False).verb("check")["store"]["ok"], field
 
 
+def test_a_command_that_writes_says_what_it_mended() -> None:
+    made = grown("log")
+    field = copies_of_structures()[0]
+    medium = bytearray(made.content)
+    medium[field.offset] ^= 1
+    said = opened(medium, writable=True).verb("create", name="four")["notices"]
+    assert any("is damaged" in line and line.endswith("it was written again") for line in said), said
+    assert "notices" not in opened(medium, writable=True).verb("delete", names=["four"])
+
+
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
 def test_a_copy_that_is_flipped(place: int) -> None:
     """Its snapshots fail there, are named, and are listed as damaged; all others are read to the end."""

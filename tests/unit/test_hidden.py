@@ -235,3 +235,83 @@ def test_a_program_that_does_not_know_refuses_and_a_run_outside_is_damage(place:
     engine = reader.require_engine()
     with pytest.raises(StoreDamaged, match="outside the volume"):
         hidden.load(engine, np.array([[engine.blocks - 1, 2]], np.int64))
+
+
+#: Blocks of what is discarded below: more than punches look at together (8,192), and than group rows worked on at once.
+LONG_BLOCKS = 20000
+
+
+def long_volume() -> bytes:
+    """A volume of 64 MiB in groups of 2,048 blocks with one file of nearly 20 MiB."""
+    with lab.as_file(bytes(64 << 20)) as path, lab.as_file(random.Random(5).randbytes(LONG_BLOCKS * BLOCK)) as file:
+        uuid = "00000000-1111-2222-3333-444444444444"
+        words = ["-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-g", "2048", "-G", "32", "-m", "0", "-U", uuid]
+        words += ["-O", "^has_journal,^resize_inode,sparse_super2"]  # nothing in the way of long runs
+        lab.run("mke2fs", *words, "-E", f"hash_seed={uuid},num_backup_sb=0", path)
+        lab.run("debugfs", "-w", "-R", f"write {file} f0", path)
+        with open(path, "rb") as image:
+            return image.read()
+
+
+def test_long_hidden_runs_that_writes_split() -> None:
+    """Against whole copies: discards over many group rows, and writes at and around every border of what is hidden."""
+    device = MemoryDevice(long_volume())
+    blocks = np.flatnonzero(lab.survey(device.content).files)
+    assert len(blocks) == LONG_BLOCKS
+    volume = opened(device)
+    volume.create("one")
+    volume.begin_serving()
+    one, base = volume.open_view("one").pread(0, volume.size), bytearray(volume.read(0, volume.size))
+    lowest, highest = int(blocks[0]), int(blocks[-1]) + 1
+    rng = random.Random(6)
+
+    def punch(first: int, last: int) -> None:
+        volume.punch(first * BLOCK, (last - first) * BLOCK)
+        base[first * BLOCK : last * BLOCK] = bytes((last - first) * BLOCK)
+
+    def write(offset: int, length: int) -> None:
+        data = rng.randbytes(length)
+        volume.write(offset, data)
+        base[offset : offset + length] = data
+
+    def assert_as_the_copies(volume: Volume, *, of_files: bool = False) -> None:
+        different = np.flatnonzero(lab.unequal(volume.read(0, volume.size), base))
+        assert not len(np.intersect1d(different, blocks) if of_files else different)
+        assert volume.open_view("one").pread(0, volume.size) == one
+
+    def assert_a_crash_changes_nothing() -> None:
+        """But the store's own edits of the filesystem, which follow."""
+        assert_as_the_copies(opened(MemoryDevice(device.content)), of_files=True)
+
+    assert max(count for _, count in lab.runs(blocks)) > 2 * 8192
+    for first, count in lab.runs(blocks):
+        punch(first, first + count)
+    hidden_then = np.concatenate([np.arange(first, first + count) for first, count in hidden_runs(volume)])
+    assert len(hidden_then) > 2 * 8192, "little of it was hidden"
+    assert_as_the_copies(volume)
+    volume.flush()
+    assert_a_crash_changes_nothing()
+    borders = [lowest, highest - 2, *range(lowest // 2048 * 2048 + 2048, highest, 2048), lowest + 8191, lowest + 16383]
+    for border in borders:
+        for offset, length in ((-BLOCK, 2 * BLOCK), (-100, 200), (3 * BLOCK + 10, 20), (7 * BLOCK, BLOCK)):
+            at = border * BLOCK + offset
+            if set(range(at // BLOCK, (at + length - 1) // BLOCK + 1)) <= set(blocks.tolist()):
+                write(at, length)
+    volume.flush()
+    assert_as_the_copies(volume)
+    assert len(hidden_runs(volume)) > len(borders), "the writes have split nothing"
+    long = max(lab.runs(blocks), key=lambda run: run[1])
+    write(long[0] * BLOCK + 300, min(long[1] - 1, 1500) * BLOCK)  # one write over many runs
+    punch(long[0] + 10, long[0] + 1200)  # and a discard of what was written in part
+    volume.flush()
+    assert_as_the_copies(volume)
+    assert_a_crash_changes_nothing()
+    assert volume.end_serving()
+    assert not hidden_runs(volume)
+    assert_as_the_copies(volume, of_files=True)
+    assert not lab.complaint(device.content)
+    assert not opened(MemoryDevice(device.content)).verb("check")["store"]["errors"]
+
+
+def hidden_runs(volume: Volume) -> list[list[int]]:
+    return volume.verb("dump", what="header")["header"]["hidden"]
