@@ -620,7 +620,7 @@ class Engine:
         logical = self.store.allocate(int(filled.sum()))
         try:
             copies = old if filled.all() else old[filled]
-            crcs = np.array([fmt.crc(copy) for copy in copies], np.uint32)
+            crcs = fmt.crcs(copies)
             copy = np.full(len(blocks), fmt.ZERO_COPY, np.int64)
             copy[filled] = logical
             level = _records(blocks, copy, mask, crcs)
@@ -664,7 +664,7 @@ class Engine:
             copy = store.logical(blocks)
             content = store.read_blocks(copy)
             filled: npt.NDArray[np.bool_] = np.asarray(content.view(np.uint64).any(axis=1))
-            crcs = np.array([fmt.crc(block) for block in content[filled]], np.uint32)
+            crcs = fmt.crcs(content[filled])
             store.mark_used(copy[filled])
             copy[~filled] = fmt.ZERO_COPY
             self.index.add(_records(blocks, copy, self.masks.intern(missing), crcs))
@@ -889,7 +889,7 @@ class Engine:
             part = slice(low, low + 4096)
             copies = self.store.read_blocks(logical[part])
             expected = level.crcs[part]
-            bad = np.flatnonzero(np.array([fmt.crc(copy) for copy in copies], np.uint32) != expected)
+            bad = np.flatnonzero(fmt.crcs(copies) != expected)
             for index in bad.tolist():
                 block = int(blocks[part][index])
                 offset = block << self._bits

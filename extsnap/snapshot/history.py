@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -217,20 +218,20 @@ class History:
                 out[start:end][test_bits(bitmap, within)] |= mask
         return out
 
-    def preserved_by(self, snapshot_id: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """bool[stop - start]: which positions a snapshot preserves."""
+    def preserved_at(self, snapshot_id: int, positions: Ints) -> npt.NDArray[np.bool_]:
+        """For sorted positions, which of them a snapshot preserves: bool[n]."""
         per_row = self.row_bytes * 8
-        low, high = start // per_row, (stop - 1) // per_row + 1
-        out = np.zeros((high - low, self.row_bytes), np.uint8)
-        for row in range(low, high):  # a request spans one row, seldom two
-            first, last = int(self._bounds[row]), int(self._bounds[row + 1])
-            entry = first + int(np.searchsorted(self._id[first:last], snapshot_id, "right")) - 1
-            if entry >= first:
-                out[row - low] = self._bitmap(entry)
-        origin = (start - low * per_row) // 8
-        bits = np.unpackbits(out.reshape(-1)[origin : -(-(stop - low * per_row) // 8)], bitorder="little")
-        begin = start - low * per_row - 8 * origin
-        return bits[begin : begin + stop - start].view(np.bool_)
+        out = np.zeros(len(positions), np.bool_)
+        rows = positions // per_row
+        first = np.flatnonzero(rows[1:] != rows[:-1]) + 1
+        bounds = [0, *first.tolist(), len(positions)]
+        for start, end in pairwise(bounds):  # rows touched by one request: one, seldom two
+            row = int(rows[start])
+            low, high = int(self._bounds[row]), int(self._bounds[row + 1])
+            entry = low + int(self._id[low:high].searchsorted(snapshot_id, "right")) - 1
+            if entry >= low:
+                out[start:end] = test_bits(self._bitmap(entry), positions[start:end] - row * per_row)
+        return out
 
     def _bitmap(self, entry: int) -> Bits:
         """uint8[row_bytes]: one bitmap.  A view is read in order: its next piece is in the same row."""

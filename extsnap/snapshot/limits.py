@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extsnap.arrays import Ints
 from extsnap.errors import StoreDamaged, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import PART_RECORDS, RUN_MAX, Level
@@ -180,13 +181,14 @@ def require_hidden(runs: np.ndarray[Any, Any], blocks: int) -> None:
         raise StoreDamaged("hidden runs: two have the same blocks")
 
 
-def require_once(records: Level, name: str) -> None:
-    """Refuse records of one snapshot, sorted by block, of which two are for one block: either could be wrong.
+def require_once(blocks: Ints, name: str) -> None:
+    """Refuse what was found for one snapshot if a block (sorted) has two records: either could be wrong.
 
     Raises:
         StoreDamaged: Names the block and the snapshot.
     """
-    twice = np.flatnonzero(records.block[1:] < records.block[:-1] + records.length[:-1])
+    twice = np.flatnonzero(blocks[1:] == blocks[:-1])
     if len(twice):
-        block = int(records.block[1:][twice[0]])
-        raise StoreDamaged(f"snapshot {name!a}: block {block} has two records", hint="run extsnap check")
+        raise StoreDamaged(
+            f"snapshot {name!a}: block {int(blocks[twice[0]])} has two records", hint="run extsnap check"
+        )

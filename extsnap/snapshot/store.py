@@ -564,10 +564,11 @@ class Store:
         padded[:, : rows.shape[1]] = rows
         self.write_blocks(logical, padded.reshape(-1).data)
 
-    def read_blocks(self, logical: Ints) -> npt.NDArray[np.uint8]:
-        """Content of blocks, in the order given: uint8[n, block_size]."""
+    def read_blocks(self, logical: Ints, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
+        """Content of blocks, in the order given: uint8[n, block_size], ``out`` if that is given."""
         size = self.block_size
-        out = np.empty((len(logical), size), np.uint8)
+        if out is None:
+            out = np.empty((len(logical), size), np.uint8)
         view = out.reshape(-1).data
         physical = self.physical(logical) if len(logical) else NO_BLOCKS
         first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)

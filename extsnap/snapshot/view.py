@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, bitmap_runs, expand
-from extsnap.errors import DamagedCopy
+from extsnap.arrays import Bits, Ints, bitmap_runs
+from extsnap.blockdev.base import read_pieces
+from extsnap.errors import DamagedCopy, ExtsnapError
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import limits
 from extsnap.snapshot.engine import Engine
-from extsnap.snapshot.index import Level
 
-Flags = npt.NDArray[np.bool_]
-
-#: Largest piece that is assembled at once, in blocks.
-PIECE_BLOCKS = 1024
+#: What is put together at once: of a long read, and for shorter ones in order.
+WINDOW_BYTES = 4 << 20
+#: Reads that are shorter than this are taken for random ones.
+IN_ORDER_BYTES = 64 << 10
+_NO_WINDOW = -2
+_BASE = -2
 #: Parts of a view with less than this between them are read as one.
 GAP_BYTES = 64 << 10
 
@@ -40,6 +43,8 @@ class View:
         self.snapshot = snapshot
         self.id = snapshot.id
         self.size = snapshot.volume_bytes
+        self._window = memoryview(bytearray(0))
+        self._filled = self._asked = _NO_WINDOW
 
     def close(self) -> None:
         """Nothing is held; views exist for as long as their snapshot does."""
@@ -63,69 +68,130 @@ class View:
         """
         if offset < 0 or offset + len(buffer) > self.size:
             raise ValueError(f"read of {len(buffer)} bytes at {offset} leaves the view of {self.size}")
-        size = self.engine.block_size
         done = 0
         while done < len(buffer):
-            at = offset + done
-            first = at // size
-            last = min(-(-(offset + len(buffer)) // size), first + PIECE_BLOCKS)
-            length = min(last * size, offset + len(buffer)) - at
-            self._read_piece(first, last, at - first * size, buffer[done : done + length])
-            done += length
+            at, left = offset + done, len(buffer) - done
+            step = min(left, WINDOW_BYTES - at % WINDOW_BYTES)
+            piece = buffer[done : done + step]
+            if step == WINDOW_BYTES or not self._from_window(at, piece):
+                self._read(at, piece)
+            done += step
 
-    def _read_piece(self, first: int, last: int, skip: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from ``skip`` bytes into block ``first``; it ends within block ``last - 1``."""
+    def _from_window(self, offset: int, buffer: memoryview) -> bool:
+        """Answer a part of a window, if it was put together already or reads in order will probably want all of it.
+
+        Finding records takes as long for 128 KiB, which is what loop devices ask for, as for all of a window.  What a
+        view shows never changes.
+        """
+        number, at = divmod(offset, WINDOW_BYTES)
+        if number != self._filled:
+            in_order = len(buffer) >= IN_ORDER_BYTES and number in (self._filled + 1, self._asked)
+            self._asked = number
+            if not in_order or not self._fill_window(number):
+                return False
+        buffer[:] = self._window[at : at + len(buffer)]
+        return True
+
+    def _fill_window(self, number: int) -> bool:
+        start = number * WINDOW_BYTES
+        if not len(self._window):
+            self._window = memoryview(bytearray(WINDOW_BYTES))
+        self._filled = _NO_WINDOW
+        with contextlib.suppress(ExtsnapError, OSError):  # whoever asks for that very block hears of it
+            self._read(start, self._window[: min(WINDOW_BYTES, self.size - start)])
+            self._filled = number
+        return self._filled == number
+
+    def _read(self, offset: int, buffer: memoryview) -> None:
+        """Put ``buffer`` together from the blocks that it covers."""
+        size = self.engine.block_size
+        first, skip = divmod(offset, size)
+        blocks = np.arange(first, -(-(offset + len(buffer)) // size))
+        if not skip and not len(buffer) % size:
+            self.read_blocks(blocks, np.frombuffer(buffer, np.uint8).reshape(-1, size))
+            return
+        content = np.empty((len(blocks), size), np.uint8)
+        self.read_blocks(blocks, content)
+        buffer[:] = content.reshape(-1).data[skip : skip + len(buffer)]
+
+    def read_blocks(self, blocks: Ints, content: Bits) -> None:
+        """Fill ``content`` (uint8[n, block_size]) with ``blocks`` (sorted, at least one), zeros behind the end.
+
+        Raises:
+            DamagedCopy: A copy block fails its checksum.
+        """
+        if self.engine.lost:
+            raise DamagedCopy(f"snapshot {self.snapshot.name!r} cannot be read: {self.engine.lost}")
+        source, crcs = self._sources(blocks)
+        base = np.flatnonzero(source == _BASE)
+        if len(base):
+            self._read_base(blocks, base, content)
+        zero = np.flatnonzero(source == fmt.ZERO_COPY)
+        if len(zero):
+            content[zero] = 0
+        copied = np.flatnonzero(source >= 0)
+        if len(copied):
+            self._read_copies(blocks, copied, source, crcs, content)
+
+    def _sources(self, blocks: Ints) -> tuple[Ints, npt.NDArray[np.uint32]]:
+        """Where the content of sorted blocks is.
+
+        Returns:
+            (int64[n]: logical block of the copy, or ZERO_COPY, or _BASE; uint32[n]: checksums of the copies).
+        """
+        engine = self.engine
+        preserved = engine.history.preserved_at(self.id, blocks + engine.shift)
+        source = np.where(preserved, _BASE, fmt.ZERO_COPY)
+        crcs = np.zeros(len(blocks), np.uint32)
+        mine = engine.masks.has(self.snapshot.bit)
+        found = []
+        for level, which, record in engine.index.pairs(blocks):
+            named = mine[level.mask[record]]
+            found.append(which[named])
+            named &= preserved[which]
+            which, record = which[named], record[named]
+            copy, at = level.copy[record], blocks[which] - level.block[record]
+            copied = copy >= 0
+            source[which] = np.where(copied, copy + at, fmt.ZERO_COPY)
+            crcs[which[copied]] = level.crcs[level.crc_at[record[copied]] + at[copied]]
+        if found:
+            limits.require_once(blocks[np.sort(np.concatenate(found))], self.snapshot.name)
+        return source, crcs
+
+    def _read_base(self, blocks: Ints, base: Ints, content: Bits) -> None:
+        """Read the blocks at ``base`` from the medium, what is between two that are near as well: it is overwritten."""
         engine, size = self.engine, self.engine.block_size
-        if engine.lost:
-            raise DamagedCopy(f"snapshot {self.snapshot.name!r} cannot be read: {engine.lost}")
-        preserved = engine.history.preserved_by(self.id, first + engine.shift, last + engine.shift)
-        if not preserved.any():
-            buffer[:] = bytes(len(buffer))
-            return
-        records = self.records(first, last)
-        blocks = expand(records.block, records.length)
-        inside = (blocks >= first) & (blocks < last)
-        from_base = preserved.copy()
-        from_base[blocks[inside] - first] = False
-        whole = skip == 0 and len(buffer) == (last - first) * size
-        content = (
-            np.zeros((last - first, size), np.uint8) if not whole else np.frombuffer(buffer, np.uint8).reshape(-1, size)
-        )
-        if from_base.any():
-            end = min(last * size, engine.size)
-            engine.medium.readinto(first * size, content.reshape(-1).data[: end - first * size])
-        content[~from_base] = 0
-        self._paste_copies(records, blocks, inside, first, preserved, content)
-        if not whole:
-            buffer[:] = content.reshape(-1).data[skip : skip + len(buffer)]
+        gap = np.diff(base)
+        cuts = np.flatnonzero((gap > GAP_BYTES // size) | (np.diff(blocks[base]) != gap)) + 1
+        view = content.reshape(-1).data
+        pieces = []
+        for first, last in zip(base[[0, *cuts]].tolist(), base[[*(cuts - 1), -1]].tolist(), strict=True):
+            offset = int(blocks[first]) * size
+            length = min((last + 1 - first) * size, engine.size - offset)
+            pieces.append((offset, view[first * size : first * size + length]))
+        end = engine.size // size
+        if blocks[base[-1]] >= end:  # the rest of a ragged last block
+            content[base[blocks[base] >= end]] = 0
+        read_pieces(engine.medium, pieces)
 
-    def records(self, first: int, last: int) -> Level:
-        """The records of this snapshot that touch blocks [first, last)."""
-        level = self.engine.index.in_range(first, last)
-        mine = level.take(np.flatnonzero(self.engine.masks.has(self.snapshot.bit)[level.mask]))
-        limits.require_once(mine, self.snapshot.name)
-        return mine
-
-    def _paste_copies(
-        self, records: Level, blocks: Ints, inside: Flags, first: int, preserved: Flags, content: Bits
+    def _read_copies(
+        self, blocks: Ints, copied: Ints, source: Ints, crcs: npt.NDArray[np.uint32], content: Bits
     ) -> None:
-        copied = np.repeat(records.copy != fmt.ZERO_COPY, records.length)
-        logical = expand(records.copy, records.length)
-        which = np.flatnonzero(inside & copied)
-        which = which[preserved[blocks[which] - first]]
-        if not len(which):
-            return
-        crc_at = np.repeat(records.crc_at, records.length) + (blocks - np.repeat(records.block, records.length))
-        which = which[np.argsort(logical[which], kind="stable")]
-        copies = self.engine.store.read_blocks(logical[which])
-        expected = records.crcs[crc_at[which]]
-        for copy, block, crc in zip(copies, blocks[which].tolist(), expected.tolist(), strict=True):
-            if fmt.crc(copy) != crc:
-                raise DamagedCopy(
-                    f"snapshot {self.snapshot.name!r}: the copy of block {block} fails its checksum",
-                    hint="run extsnap check to see what is affected",
-                )
-        content[blocks[which] - first] = copies
+        """Read the blocks at ``copied`` from their copies, and verify them."""
+        logical = source[copied]
+        in_order = copied[-1] - copied[0] == len(copied) - 1 and bool((logical[1:] > logical[:-1]).all())
+        if not in_order:
+            copied = copied[np.argsort(logical, kind="stable")]
+        place = content[copied[0] : copied[-1] + 1] if in_order else None
+        copies = self.engine.store.read_blocks(source[copied], place)
+        bad = np.flatnonzero(fmt.crcs(copies) != crcs[copied])
+        if len(bad):
+            raise DamagedCopy(
+                f"snapshot {self.snapshot.name!r}: the copy of block {int(blocks[copied[bad[0]]])} fails its checksum",
+                hint="run extsnap check to see what is affected",
+            )
+        if not in_order:
+            content[copied] = copies
 
     def preserved_runs(self) -> Ints:
         """Runs (start block, length) of everything that the snapshot preserves: int64[n, 2]."""
