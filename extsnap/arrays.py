@@ -61,6 +61,31 @@ def distinct(values: npt.NDArray[Any]) -> Ints:
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(ordered) else ordered
 
 
+def without(values: Ints, others: Ints) -> Ints:
+    """The values (sorted, distinct) that are not among the others (sorted, distinct)."""
+    return np.setdiff1d(values, others, assume_unique=True)
+
+
+def differing_rows(rows: Bits, others: Bits) -> npt.NDArray[np.bool_]:
+    """bool[n]: which rows are not the same (uint8[n, m], m a multiple of 8).  Nearly always their first word tells."""
+    left, right = rows.view(np.uint64), others.view(np.uint64)
+    differs: npt.NDArray[np.bool_] = np.asarray(left[:, 0] != right[:, 0])
+    rest = np.flatnonzero(~differs)
+    if len(rest):
+        differs[rest] = (left[rest] != right[rest]).any(axis=1)
+    return differs
+
+
+def filled_rows(rows: Bits) -> npt.NDArray[np.bool_]:
+    """bool[n]: which rows are not all zeros (uint8[n, m], m a multiple of 8)."""
+    words = rows.view(np.uint64)
+    filled: npt.NDArray[np.bool_] = np.asarray(words[:, 0] != 0)
+    rest = np.flatnonzero(~filled)
+    if len(rest):
+        filled[rest] = words[rest].any(axis=1)
+    return filled
+
+
 def runs_of(sorted_values: npt.NDArray[Any]) -> Ints:
     """Runs of consecutive integers in a sorted, duplicate-free array: int64[n, 2] of (start, length)."""
     if not len(sorted_values):

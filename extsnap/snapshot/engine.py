@@ -29,7 +29,17 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, breaks_to_runs, distinct, expand, runs_of, set_positions
+from extsnap.arrays import (
+    Bits,
+    Ints,
+    breaks_to_runs,
+    differing_rows,
+    distinct,
+    expand,
+    filled_rows,
+    runs_of,
+    set_positions,
+)
 from extsnap.blockdev.base import Buffer, read_pieces
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
@@ -323,12 +333,51 @@ class Engine:
             self._hold(offset, view)
             return
         # Room for all pieces is asked for first, so that a large write is refused whole.
-        self._make_room(self._cost(start, stop), start, stop)
+        self._make_room(self._cost(start, stop), self.needed_from(start, stop))
         position = offset
         while position < offset + length:
             piece = min(PIECE_BYTES - position % PIECE_BYTES, offset + length - position)
             self._hold(position, view[position - offset : position - offset + piece])
             position += piece
+
+    def rewrite(self, blocks: Ints, new: Bits) -> None:
+        """Make whole blocks (sorted, at least one) read as ``new``; durable after `flush`.
+
+        As `pwrite` of those that differ, which are not held however: they come many at a time.  What is read to compare
+        is what is copied.
+
+        Args:
+            blocks: int64[n], sorted.
+            new: uint8[n, block_size].
+
+        Raises:
+            VolumeFull: No room for the copies; nothing was written.
+            StoreProtected: A block of the store would get anything but zeros; nothing was written.
+        """
+        self.commit()
+        positions = blocks + self.shift
+        old = self._content(blocks)
+        differs = differing_rows(new, old)
+        if self.hidden.some:  # they read as zeros
+            differs |= self.hidden.bits.test(positions)
+        owned = self._owned.test(positions)
+        if (owned & differs & filled_rows(new)).any():
+            raise StoreProtected("blocks of the store of the snapshots would be overwritten")
+        differs &= ~owned
+        if not differs.all():
+            positions, new, old = positions[differs], new[differs], old[differs]
+        needed = self.need.test(positions)
+        self._make_room(int(needed.sum()), [positions[needed]])
+        self.preserve(positions[needed], old if needed.all() else old[needed])
+        data = new.reshape(-1).data
+        runs, at = runs_of(positions), 0
+        for position, count in runs.tolist():
+            size = count << self._bits
+            self.medium.pwrite((position - self.shift) << self._bits, data[at : at + size])
+            self.index.count_write(position - self.shift, count)
+            at += size
+        if self.hidden.some:
+            hidden.revealed(self, runs)
 
     def _write_around_store(self, offset: int, data: memoryview, start: int, stop: int) -> None:
         """Write all but the store's blocks, if those get the zeros that they read as.
@@ -352,7 +401,7 @@ class Engine:
             parts.append((begin, low))
             begin = high
         parts.append((begin, len(data)))
-        self._make_room(self._cost(start, stop), start, stop)
+        self._make_room(self._cost(start, stop), self.needed_from(start, stop))
         for low, high in parts:
             self.pwrite(offset + low, data[low:high])
 
@@ -406,14 +455,19 @@ class Engine:
         """Blocks that ``copies`` copy blocks take, with a record for each that the next fold writes."""
         return copies + -(-copies * _INDEX_BYTES // self.block_size)
 
-    def _make_room(self, cost: int, start: int, stop: int) -> None:
-        """Refuse a write that might not find room for its copies; decide exactly before refusing."""
+    def _make_room(self, cost: int, needed: Iterable[Ints]) -> None:
+        """Refuse a write that might not find room for its copies; decide exactly before refusing.
+
+        Args:
+            cost: As many at most.
+            needed: Positions that may have to be copied, asked for if they have to be looked at.
+        """
         if cost <= self.room():
             return
         self.commit()
         if cost <= self.room():
             return
-        exact = self.copies_for(self.needed_from(start, stop))
+        exact = self.copies_for(needed)
         if exact > max(0, self.room()):
             raise VolumeFull(
                 f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
@@ -503,7 +557,7 @@ class Engine:
             or self._held_cost + cost > self._batch_limit
         ):
             self.commit()
-        self._make_room(cost, start, stop)
+        self._make_room(cost, self.needed_from(start, stop))
         at = self._held_bytes
         piece = self._arena[at : at + count * size]
         head = offset - ((start - self.shift) << self._bits)
@@ -581,19 +635,25 @@ class Engine:
             missing &= ~recorded
         return missing
 
-    def preserve(self, positions: Ints) -> None:
+    def preserve(self, positions: Ints, old: Bits | None = None) -> None:
         """Copy the blocks at sorted ``positions`` for every snapshot that still needs them; durable on return.
+
+        Args:
+            positions: int64[n].
+            old: What the medium has there, if that is known: uint8[n, block_size].
 
         Raises:
             VolumeFull: No room (callers reserve it first); nothing was recorded.
         """
         for low in range(0, len(positions), self._batch_limit):
-            part = positions[low : low + self._batch_limit]
-            missing = self.missing(part)
-            todo = missing.any(axis=1)
+            part = slice(low, low + self._batch_limit)
+            missing = self.missing(positions[part])
+            todo: npt.NDArray[np.bool_] = np.asarray(missing.any(axis=1))
             if todo.any():
-                self._copy(part[todo] - self.shift, missing[todo])
-            self.clear_need(part)
+                blocks = positions[part][todo] - self.shift
+                known = self._content(blocks) if old is None else old[part] if todo.all() else old[part][todo]
+                self._copy(blocks, missing[todo], known)
+            self.clear_need(positions[part])
 
     def clear_need(self, positions: Ints) -> None:
         """No snapshot misses these sorted positions; what takes the slow path for another reason stays needed."""
@@ -603,20 +663,26 @@ class Engine:
         self.need.set(runs_of(positions[~kept]), False)
         self.need.set(runs_of(self._superblocks))
 
-    def _copy(self, blocks: Ints, missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> None:
+    def _content(self, blocks: Ints) -> Bits:
+        """What the medium has in sorted blocks, zeros behind the end of a ragged last one: uint8[n, block_size]."""
         size = self.block_size
-        mask = self.masks.intern(missing)
-        new_masks = self.masks.rows[self._masks_stored :]
-        old = np.zeros((len(blocks), size), np.uint8)
-        view = old.reshape(-1).data
+        content = np.empty((len(blocks), size), np.uint8)
+        view = content.reshape(-1).data
         first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
         pieces = []
         for index, count in zip(first.tolist(), length.tolist(), strict=True):
             offset = int(blocks[index]) << self._bits
             end = min(offset + (count << self._bits), self.size)
             pieces.append((offset, view[index * size : index * size + end - offset]))
+        if len(blocks) and blocks[-1] >= self.size >> self._bits:
+            content[-1] = 0
         read_pieces(self.medium, pieces)
-        filled = old.view(np.uint64).any(axis=1)
+        return content
+
+    def _copy(self, blocks: Ints, missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]], old: Bits) -> None:
+        mask = self.masks.intern(missing)
+        new_masks = self.masks.rows[self._masks_stored :]
+        filled = filled_rows(old)
         logical = self.store.allocate(int(filled.sum()))
         try:
             copies = old if filled.all() else old[filled]
@@ -721,7 +787,7 @@ class Engine:
         # Room for everything first, the ragged ends included: a punch is refused whole or done.
         cost = self._cost(*outer)
         if hides is None:
-            self._make_room(cost, *outer)
+            self._make_room(cost, self.needed_from(*outer))
         else:
             hidden.require_room(self, len(hides), cost - self._cost(start, stop))
         if offset < low:

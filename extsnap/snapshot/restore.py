@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, distinct, expand, runs_of
+from extsnap.arrays import Ints, distinct, expand, runs_of, without
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext import log
@@ -40,7 +40,9 @@ from extsnap.sparsebits import SparseBits
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
 
-#: Blocks of the base volume compared and written at once.
+#: How much is exchanged with one barrier.
+EXCHANGE_BYTES = 32 << 20
+#: Blocks of metadata written at once.
 PIECE_BLOCKS = 1024
 #: More transactions than any volume sees between a snapshot and its restore.
 FAR = 1 << 30
@@ -66,7 +68,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         for _ in range(4):
             engine.flush()
             changes, mapping, sequence = _target_metadata(volume, target, None, None)
-            blocks = np.union1d(_recorded_blocks(volume, target), np.array(sorted(changes), np.int64))
+            blocks = distinct(np.concatenate([_recorded_blocks(volume, target), np.array(sorted(changes), np.int64)]))
             copies = _copies_needed(volume, blocks, everything=safety)
             needed = engine.blocks_for(copies) + (volume.snapshot_blocks() if safety else 0)
             missing = needed + engine.reserve() + edit.MINIMUM_ROOM - store.available
@@ -320,10 +322,9 @@ def _complete(volume: Volume) -> None:
     changes, mapping, _ = _target_metadata(volume, target, intent.mapping, intent.journal_sequence)
     recorded = _recorded_blocks(volume, target)
     metadata = np.array(sorted(changes), np.int64)
-    plain = np.setdiff1d(recorded, metadata)
+    plain = without(recorded, metadata)
     size = volume.block_size
-    for low in range(0, len(plain), PIECE_BLOCKS):
-        _write_equal(volume, view, plain[low : low + PIECE_BLOCKS])
+    _exchange(volume, view, plain)
     engine.commit()
     for start, count in runs_of(metadata).tolist():
         for block in range(start, start + count, PIECE_BLOCKS):
@@ -338,22 +339,18 @@ def _complete(volume: Volume) -> None:
     engine.index.apply_writes()
 
 
-def _write_equal(volume: Volume, view: View, blocks: Ints) -> None:
+def _exchange(volume: Volume, view: View, blocks: Ints) -> None:
     """Make the base equal to the view in ``blocks`` (sorted), writing only what differs."""
     engine, size = volume.require_engine(), volume.block_size
-    for start, count in runs_of(blocks).tolist():
-        offset = start * size
-        length = min(count * size, view.size - offset)
-        wanted, found = view.pread(offset, length), engine.pread(offset, length)
-        if wanted == found:
-            continue
-        if length % size:
-            engine.pwrite(offset, wanted)
-            continue
-        new = np.frombuffer(wanted, np.uint64).reshape(count, -1)
-        differs = (new != np.frombuffer(found, np.uint64).reshape(count, -1)).any(axis=1)
-        for first, run in runs_of(np.flatnonzero(differs)).tolist():
-            engine.pwrite(offset + first * size, wanted[first * size : (first + run) * size])
+    whole = blocks[blocks < view.size // size]
+    most = EXCHANGE_BYTES // size
+    content = np.empty((min(most, len(whole)), size), np.uint8)
+    for low in range(0, len(whole), most):
+        some = whole[low : low + most]
+        view.read_blocks(some, content[: len(some)])
+        engine.rewrite(some, content[: len(some)])
+    for block in blocks[len(whole) :].tolist():  # a ragged last one
+        engine.pwrite(block * size, view.pread(block * size, view.size - block * size))
 
 
 def _drop_equal(volume: Volume, target: fmt.Snapshot, blocks: Ints) -> None:
@@ -376,5 +373,5 @@ def _drop_equal(volume: Volume, target: fmt.Snapshot, blocks: Ints) -> None:
             after.append(expand(cut.copy[cut.copy >= 0], cut.length[cut.copy >= 0]))
     engine.index.replace(levels)
     if before:
-        store.release(np.setdiff1d(np.concatenate(before), np.concatenate(after)))
+        store.release(without(distinct(np.concatenate(before)), distinct(np.concatenate(after))))
     engine.need.set(runs_of(blocks) + np.array([engine.shift, 0]))

@@ -107,6 +107,21 @@ class Bench:
             assert not self.hits_store(offset, data)
             self.base[offset : offset + len(data)] = data
 
+    def rewrite(self, blocks: list[int], contents: list[bytes]) -> None:
+        """What a restore does with many blocks at once."""
+        protected = any(self.owned[block] and any(new) for block, new in zip(blocks, contents, strict=True))
+        new = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, BLOCK)
+        try:
+            self.engine.rewrite(np.array(blocks, np.int64), new)
+        except StoreProtected:
+            assert protected
+        except VolumeFull:
+            self.refused += 1
+        else:
+            assert not protected
+            for block, content in zip(blocks, contents, strict=True):
+                self.base[block * BLOCK : (block + 1) * BLOCK] = content
+
     def punch(self, offset: int, length: int) -> None:
         try:
             self.engine.punch(offset, length)
@@ -221,7 +236,26 @@ class Bench:
                 flags[row * 512 + 1 : (row + 1) * 512 + 1] = rng.random() < 0.5
         return np.asarray(flags & ~self.owned)
 
+    def random_rewrite(self) -> None:
+        """Whole blocks, near each other or not, with new content, with what they have, or with zeros."""
+        rng = self.rng
+        whole = self.device.size // BLOCK
+        near = rng.randrange(whole - 60)
+        blocks = sorted(
+            rng.sample(range(near, near + 60) if rng.random() < 0.7 else range(whole), rng.randrange(1, 40))
+        )
+        if rng.random() < 0.9:
+            blocks = [block for block in blocks if not self.owned[block]] or [0]
+        contents = []
+        for block in blocks:
+            same = bytes(self.base[block * BLOCK : (block + 1) * BLOCK])
+            contents.append(rng.choice([rng.randbytes(BLOCK), rng.randbytes(BLOCK), same, bytes(BLOCK)]))
+        self.rewrite(blocks, contents)
+
     def random_write(self) -> None:
+        if self.rng.random() < 0.15:
+            self.random_rewrite()
+            return
         rng = self.rng
         length = rng.choice([1, 100, 1024, 2048, 5000, 30000])
         offset = rng.randrange(self.device.size - length + 1)

@@ -64,3 +64,13 @@ def test_long_runs_come_first() -> None:
     taken[3000:4000] = 0
     assert choose_free([taken], 1 << 15, 4096).tolist() == [[8191, 4096]]
     assert choose_free([taken], 1 << 15, 8192 + 4096).tolist() == [[8191, 8193], [24_000 - 1, 4095]]
+
+
+def test_rows_that_differ_or_are_filled() -> None:
+    """Wherever in a row the one byte is, and where there is none."""
+    rows = np.zeros((65, 64), np.uint8)
+    rows[np.arange(64), np.arange(64)] = 1
+    expected = [True] * 64 + [False]
+    assert arrays.filled_rows(rows).tolist() == expected
+    assert arrays.differing_rows(rows, np.zeros_like(rows)).tolist() == expected
+    assert not arrays.differing_rows(rows, rows.copy()).any()

@@ -79,9 +79,7 @@ def test_what_is_read_in_order_is_found_once() -> None:
 
 def test_a_damaged_copy_fails_only_who_reads_it() -> None:
     volume, device, then, blocks = served("ext4")
-    victim = next(
-        block for block in blocks if 1 << 18 < block * BLOCK < 4 << 20 and any(then[block * BLOCK :][:BLOCK])
-    )
+    victim = next(block for block in blocks if 1 << 18 < block * BLOCK < 4 << 20 and any(then[block * BLOCK :][:BLOCK]))
     volume.write(victim * BLOCK, bytes(BLOCK))
     volume.flush()
     copy = device.content.find(then[victim * BLOCK :][:BLOCK])
