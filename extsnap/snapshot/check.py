@@ -206,6 +206,7 @@ def _check_structures(volume: Volume, found: Findings) -> None:
     engine, store = volume.require_engine(), volume.require_store()
     examined = examine(store, engine.history, engine.snapshots)
     found.errors += examined.lost + examined.worn
+    found.errors += engine.lost_parts.texts
     found.worn = bool(examined.worn)
     if engine.lost and not examined.lost:
         examined.lose(engine.lost, None)
@@ -217,6 +218,11 @@ def _check_structures(volume: Volume, found: Findings) -> None:
             found.by_snapshot.setdefault(entry.name, []).extend(
                 f"it cannot be read whole: {what}" for what in examined.lost[:NAMED]
             )
+        if engine.lost_parts.of(entry.bit).any():
+            found.by_snapshot.setdefault(entry.name, []).extend(
+                f"it cannot be read whole: {what}" for what in engine.lost_parts.texts[:NAMED]
+            )
+            found.blocks.setdefault(entry.name, []).extend(volume.open_view(entry.name).unknown_runs().tolist())
 
 
 def _check_sums(volume: Volume, found: Findings) -> None:

@@ -49,6 +49,7 @@ from extsnap.snapshot.history import History
 from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
 from extsnap.snapshot.medium import Medium
+from extsnap.snapshot.parts import BYTES_A_RECORD, Lost, Parts, Writer, table_bytes
 from extsnap.snapshot.store import Store
 from extsnap.sparsebits import SparseBits
 
@@ -56,8 +57,8 @@ HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384
 #: What a record of one block takes in the index, its checksum included.
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
-#: The same with the second copy that every blob has.
-_INDEX_BYTES: int = 2 * _RECORD_BYTES
+#: The same with the second copy that every blob has, and its share of the table of parts.
+_INDEX_BYTES: int = 2 * _RECORD_BYTES + int(2 * BYTES_A_RECORD)
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
 CRC_DTYPE = np.dtype("<u4")
@@ -76,6 +77,7 @@ class Engine:
     Attributes:
         spared: Blocks of the store that writes leave alone, so that its own next edit (growth) has room.
         lost: What of the records could not be read, both copies being damaged; "": nothing.  Then no view can be read.
+        lost_parts: Parts of the index that could not be read: some views cannot be read in some places.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Engine:
         self.recovered_batch: Level | None = None
         self.spared = 0
         self.lost = ""
+        self.lost_parts = Lost()
         self.set_snapshots(snapshots)
 
     # -- state ------------------------------------------------------------------------------------------
@@ -117,6 +120,7 @@ class Engine:
         top = max([self.store.root.counting.bit_length() - 1, 0])
         self.masks.widen(words_for(top))
         self.alive = mask_of([snapshot.bit for snapshot in snapshots], self.masks.words)
+        self.lost_parts = self.lost_parts.only(self.alive)
         self.history.set_alive([(snapshot.id, snapshot.bit) for snapshot in snapshots], self.masks.words)
 
     def load(self) -> None:
@@ -176,6 +180,14 @@ class Engine:
             )
         except MemoryError as error:
             raise StoreDamaged(f"index {key}: {count} records are more than memory holds") from error
+        except StoreDamaged as error:
+            try:
+                parts = Parts(store, key)
+            except StoreDamaged:
+                raise error from None  # all that could tell is lost as well, or never was there
+            store.worn = True
+            self.lost_parts.add(parts.lost(self.blocks, self.masks.words))
+            return parts.level()
 
     def _read_hidden(self, copy: int) -> Ints:
         tables = self.store.read_table(fmt.BlobKind.HIDDEN, 0, fmt.RUN_DTYPE, copy)
@@ -878,6 +890,7 @@ class Engine:
         written = [fresh, *([level] for level in rewritten)]
         sizes = [sum(map(len, levels)) * fmt.RECORD_DTYPE.itemsize for levels in written]
         sizes += [sum(len(level.crcs) for level in levels) * 4 for levels in written]
+        sizes += [table_bytes(sum(map(len, levels)), self.masks.words) for levels in written]
         hides = self.hidden.blob(self.shift) if self.hidden.some else b""
         sizes.append(len(hides))
         needed = 2 * sum(-(-length // size) for length in [*sizes, table])
@@ -898,6 +911,9 @@ class Engine:
             if key not in used:
                 self.store.drop_blob(fmt.BlobKind.INDEX, key)
                 self.store.drop_blob(fmt.BlobKind.INDEX_CRCS, key)
+        for kind, key in list(self.store.root.blobs):
+            if kind == fmt.BlobKind.INDEX_PARTS and key not in used:
+                self.store.drop_blob(fmt.BlobKind.INDEX_PARTS, key)
         self.index.replace(kept)
         self.write_masks()
         self._write_hidden(hides)
@@ -908,9 +924,12 @@ class Engine:
     def _write_level(self, level: Level, key: int) -> None:
         """Put a level into the blobs under ``key``."""
         size = len(level) * fmt.RECORD_DTYPE.itemsize
-        self.store.write_pieces(fmt.BlobKind.INDEX, key, size, map(level.build, level.parts()))
+        parts, blobs = Writer(level, self.masks), self.store.root.blobs
+        self.store.write_pieces(fmt.BlobKind.INDEX, key, size, parts.pieces())
         crcs = level.crcs.astype(CRC_DTYPE, copy=False)
         self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
+        table = parts.build(blobs[fmt.BlobKind.INDEX, key].crc, blobs[fmt.BlobKind.INDEX_CRCS, key].crc)
+        self.store.write_blob(fmt.BlobKind.INDEX_PARTS, key, table)
         level.stored, level.touched = key, False
 
     def _write_hidden(self, runs: bytes) -> None:

@@ -44,6 +44,8 @@ ALL_SET = -2
 
 #: There are checksums of snapshots: who does not know them may leave some behind, and nothing else.
 COMPAT_CHECKSUMS = 1
+#: There are checksums of parts of the index: who does not know them may leave some behind, which are passed by.
+COMPAT_PARTS = 2
 #: Feature bits: everybody refuses a store with other incompat bits, a writer one with other ro_compat bits.
 #: Blocks of the base volume are hidden: whoever does not know of them reads there what was discarded.
 INCOMPAT_HIDDEN_RUNS = 1
@@ -100,6 +102,7 @@ class BlobKind(enum.IntEnum):
     HIDDEN = 7
     HISTORY_TWINS = 8
     CHECKSUMS = 9
+    INDEX_PARTS = 10
 
 
 def name_of_blob(kind: int) -> str:

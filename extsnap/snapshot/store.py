@@ -725,7 +725,9 @@ class Store:
         payload_room = self.block_size - fmt.SEGMENT_HEADER
         self.root.generation += 1
         self.root.log_batches = self.log_sequence
-        has_checksums = any(kind == fmt.BlobKind.CHECKSUMS for kind, _ in self.root.blobs)
+        kinds = {kind for kind, _ in self.root.blobs}
+        compat = fmt.COMPAT_CHECKSUMS if fmt.BlobKind.CHECKSUMS in kinds else 0
+        compat |= fmt.COMPAT_PARTS if fmt.BlobKind.INDEX_PARTS in kinds else 0
         twins = fmt.RO_COMPAT_TWINS if self.root.twins or self.root.log_twin else 0
         self.root.ro_compat = self.root.ro_compat & ~fmt.RO_COMPAT_TWINS | twins
         raw = self.root.build()
@@ -747,7 +749,7 @@ class Store:
         for slot, chain in zip(self._order, self.allocate_pair(count), strict=True):
             first = self._write_chain(chain, raw)
             head = fmt.build_slot(
-                compat=fmt.COMPAT_CHECKSUMS if has_checksums else 0,
+                compat=compat,
                 ro_compat=self.root.ro_compat,
                 incompat=self.root.incompat,
                 generation=self.root.generation,

@@ -23,6 +23,7 @@ from extsnap.arrays import Ints
 from extsnap.errors import StoreDamaged
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.history import History
+from extsnap.snapshot.parts import Parts
 from extsnap.snapshot.store import PIECE_BYTES, Store, read_slot
 
 #: What messages call a blob.
@@ -33,6 +34,7 @@ NAMES = {
     fmt.BlobKind.HISTORY_TWINS: "the table of second bitmaps",
     fmt.BlobKind.INDEX: "index level",
     fmt.BlobKind.INDEX_CRCS: "the checksums of index level",
+    fmt.BlobKind.INDEX_PARTS: "the table of parts of index level",
     fmt.BlobKind.REDO: "the redo blocks",
     fmt.BlobKind.CHECKSUMS: "the table of checksums",
     fmt.BlobKind.HIDDEN: "the table of hidden runs",
@@ -126,8 +128,10 @@ def _examine_blob(store: Store, kind: int, key: int, found: Examined, mend: bool
         return
     what = name_of(kind, key)
     if not any(whole):
+        if kind in (fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS) and _examine_parts(store, *name, found, mend):
+            return
         blocks = _blocks_text(store, store.blob_blocks(*name))
-        needed_by = set[int]() if kind == fmt.BlobKind.CHECKSUMS else None
+        needed_by = set[int]() if kind in (fmt.BlobKind.CHECKSUMS, fmt.BlobKind.INDEX_PARTS) else None
         found.lose(
             f"{what} fails its checksum ({blocks}{', and its second copy' if len(copies) > 1 else ''})", needed_by
         )
@@ -144,6 +148,27 @@ def _examine_blob(store: Store, kind: int, key: int, found: Examined, mend: bool
             store.write_blocks(bad[low : low + step][wrong], content[wrong].reshape(-1).data)
         differ.append(bad[low : low + step][wrong])
     found.worn.append(_worn(store, what, np.concatenate(differ), whole.index(False)))
+
+
+def _examine_parts(store: Store, kind: fmt.BlobKind, key: int, found: Examined, mend: bool) -> bool:
+    """Both copies of a blob of the index are damaged: together they may be whole.  False: nothing tells.
+
+    What is lost in both is for the engine to name, which has tried to read it (`Engine.lost_parts`).
+    """
+    try:
+        parts = Parts(store, key)
+    except StoreDamaged:
+        return False
+    whole = parts.index_whole if kind == fmt.BlobKind.INDEX else parts.crcs_whole
+    if not whole.any(axis=0).all():
+        found.lost.append(f"{name_of(kind, key)} is damaged in both copies in the same place")
+        return True
+    found.worn.append(f"both copies of {name_of(kind, key)} are damaged, each in other places")
+    if mend:
+        content = b"".join(parts.content(kind, part) for part in range(whole.shape[1]))
+        for copy in range(2):
+            store.write_blocks(store.blob_blocks(kind, key, copy), content)
+    return True
 
 
 def _worn(store: Store, what: str, blocks: Ints, copy: int) -> str:

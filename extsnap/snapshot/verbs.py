@@ -79,7 +79,7 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
         "message": entry.message,
         "kind": entry.kind.name.lower(),
         "consistency": entry.consistency.name.lower(),
-        "state": (fmt.State.DAMAGED if volume.require_engine().lost else entry.state).name.lower(),
+        "state": (fmt.State.DAMAGED if entry.name in volume.damaged_names() else entry.state).name.lower(),
         "used_bytes": min(entry.used_blocks * volume.block_size, entry.volume_bytes),
         "copied_bytes": copied,
         "exclusive_bytes": exclusive,
@@ -264,7 +264,7 @@ def layout(volume: Volume, name: str) -> dict[str, Any]:
 
 def strip(volume: Volume) -> dict[str, Any]:
     """Remove all snapshots, the store and the guard."""
-    if volume.engine is not None and volume.engine.lost:
+    if volume.engine is not None and (volume.engine.lost or volume.engine.lost_parts):
         count = len(volume.snapshot_list())
         volume.give_up_snapshots()
         edit.remove(volume)

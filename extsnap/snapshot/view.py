@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, bitmap_runs
+from extsnap.arrays import Bits, Ints, bitmap_runs, runs_of
 from extsnap.blockdev.base import read_pieces
 from extsnap.errors import DamagedCopy, ExtsnapError
 from extsnap.snapshot import format as fmt
@@ -25,6 +25,8 @@ _NO_WINDOW = -2
 _BASE = -2
 #: Parts of a view with less than this between them are read as one.
 GAP_BYTES = 64 << 10
+#: Blocks that are looked at together for records that may be lost.
+SPAN_BLOCKS = 8192
 
 
 class View:
@@ -125,6 +127,8 @@ class View:
         source, crcs = self._sources(blocks)
         base = np.flatnonzero(source == _BASE)
         if len(base):
+            if self.engine.lost_parts:
+                self._require_records(blocks[base])
             self._read_base(blocks, base, content)
         zero = np.flatnonzero(source == fmt.ZERO_COPY)
         if len(zero):
@@ -132,6 +136,33 @@ class View:
         copied = np.flatnonzero(source >= 0)
         if len(copied):
             self._read_copies(blocks, copied, source, crcs, content)
+
+    def _require_records(self, blocks: Ints) -> None:
+        """Refuse blocks (sorted) that seem to have no record because it may be lost."""
+        lost = self.engine.lost_parts
+        unknown = blocks[lost.covered(self.snapshot.bit, blocks)]
+        if len(unknown):
+            text = lost.texts[int(np.flatnonzero(lost.of(self.snapshot.bit))[0])]
+            raise DamagedCopy(
+                f"snapshot {self.snapshot.name!r}: whether block {int(unknown[0])} has a copy is lost: {text}",
+                hint="run extsnap check to see what is affected",
+            )
+
+    def unknown_runs(self) -> Ints:
+        """Runs (start block, length) of what cannot be read because its records may be lost: int64[n, 2]."""
+        lost, end = self.engine.lost_parts, -(-self.size // self.engine.block_size)
+        mine = lost.of(self.snapshot.bit)
+        found = [np.zeros((0, 2), np.int64)]
+        if not mine.any():
+            return found[0]
+        end = min(end, int(lost.end[mine].max()))
+        for first in range(int(lost.first[mine].min()), end, SPAN_BLOCKS):
+            blocks = np.arange(first, min(end, first + SPAN_BLOCKS))
+            unknown = lost.covered(self.snapshot.bit, blocks)
+            if unknown.any():
+                unknown &= self._sources(blocks)[0] == _BASE
+            found.append(runs_of(blocks[unknown]))
+        return np.concatenate(found)
 
     def _sources(self, blocks: Ints) -> tuple[Ints, npt.NDArray[np.uint32]]:
         """Where the content of sorted blocks is.

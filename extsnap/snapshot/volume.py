@@ -19,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -345,6 +346,8 @@ class Volume:
             # Which snapshots there were is seen, and that none can be read; nothing is written but by a strip.
             self.engine = Engine(*layout)
             self.engine.lost = error.message
+        if self.engine.lost_parts and self.writable and self.medium.state.mark:
+            raise StoreDamaged(self.engine.lost_parts.texts[0])  # what was interrupted cannot be finished
         self.engine.pin()
         if self.writable:
             self.engine.rebuild_need()
@@ -370,6 +373,8 @@ class Volume:
             return
         if not marked:
             self._detect_outside_write(is_open)
+            if engine.lost_parts:
+                return  # nothing is written but by a delete of all that are affected, or a strip
             if not self.outside_write:
                 self._require_own_blocks()
             if not self.outside_write and (store.worn or engine.history.worn):
@@ -473,8 +478,28 @@ class Volume:
             undone = left_undone(self.filesystem()) or "was not closed"
             raise NeedsRecovery(f"{self.name} {undone}", hint=how_to_repair(self.name))
 
-    def _require_inside(self) -> None:
-        """Refuse to change a volume that was written outside extsnap, or whose records are lost."""
+    def damaged_names(self) -> list[str]:
+        """Snapshots of which records are lost: whatever is written could be what they need."""
+        engine = self.engine
+        entries = self.snapshot_list()
+        if engine is None or engine.lost:
+            return [entry.name for entry in entries]
+        return [entry.name for entry in entries if engine.lost_parts.of(entry.bit).any()]
+
+    def _require_inside(self, going: Iterable[str] = ()) -> None:
+        """Refuse to change a volume that was written outside extsnap, or whose records are lost.
+
+        Args:
+            going: Snapshots that the command deletes.
+        """
+        if self.engine is not None and self.engine.lost_parts and not set(self.damaged_names()) <= set(going):
+            damaged = self.damaged_names()
+            raise StoreDamaged(
+                f"{self.name}: {self.engine.lost_parts.texts[0]}: snapshots that cannot be read whole: "
+                f"{', '.join(map(ascii, damaged))}",
+                hint=f"export what is left of them, then extsnap delete {shlex.join([self.name, *damaged])} "
+                f"makes the others whole again",
+            )
         if self.engine is not None and self.engine.lost:
             raise StoreDamaged(
                 f"{self.name}: {self.engine.lost}: its snapshots cannot be read any more",
@@ -990,7 +1015,7 @@ class Volume:
         before it leaves all of the snapshots, after it none of them.  Then freed blocks go back to the filesystem.
         A filesystem that needs recovery is not touched: this is what makes room for its recovery.
         """
-        self._require_inside()
+        self._require_inside(names)
         engine, store = self.require_engine(), self.require_store()
         gone = [self.find(name) for name in dict.fromkeys(names)]
         ids = {entry.id for entry in gone}
