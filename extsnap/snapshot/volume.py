@@ -494,11 +494,12 @@ class Volume:
         """
         if self.engine is not None and self.engine.lost_parts and not set(self.damaged_names()) <= set(going):
             damaged = self.damaged_names()
+            others = len(damaged) < len(self.engine.snapshots)
             raise StoreDamaged(
                 f"{self.name}: {self.engine.lost_parts.texts[0]}: snapshots that cannot be read whole: "
                 f"{', '.join(map(ascii, damaged))}",
                 hint=f"export what is left of them, then extsnap delete {shlex.join([self.name, *damaged])} "
-                f"makes the others whole again",
+                f"makes {'the others' if others else 'the volume'} whole again",
             )
         if self.engine is not None and self.engine.lost:
             raise StoreDamaged(
