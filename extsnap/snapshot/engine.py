@@ -24,6 +24,7 @@ Everything runs in one thread, so "suspending writes" is: another method of this
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -58,7 +59,7 @@ HOLD_ENTRIES = 16384
 #: What a record of one block takes in the index, its checksum included.
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
 #: The same with the second copy that every blob has, and its share of the table of parts.
-_INDEX_BYTES: int = 2 * _RECORD_BYTES + int(2 * BYTES_A_RECORD)
+_INDEX_BYTES: int = 2 * _RECORD_BYTES + math.ceil(2 * BYTES_A_RECORD)
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
 CRC_DTYPE = np.dtype("<u4")

@@ -42,7 +42,7 @@ TABLE_BYTES: dict[int, int] = {
     fmt.BlobKind.CHECKSUMS: 4 << 32,
     fmt.BlobKind.INDEX: (1 << 25) * fmt.RECORD_DTYPE.itemsize,
     fmt.BlobKind.INDEX_CRCS: STORE_BLOCKS * 4,
-    fmt.BlobKind.INDEX_PARTS: 16 << 20,
+    fmt.BlobKind.INDEX_PARTS: 32 << 20,
 }
 #: Bytes of a blob that only a later version knows.
 OTHER_BYTES = 256 << 20

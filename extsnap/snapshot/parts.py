@@ -1,4 +1,4 @@
-"""Parts of an index level: a checksum for every 1,024 records, and which snapshots have records there.
+"""Parts of an index level: a checksum for every 256 records, and which snapshots have records there.
 
 Each level is in the store twice, and each copy has one checksum.  Where both are damaged, this table says which parts
 are whole in either copy: damage in different places of the two loses nothing.  Of a part that is whole in neither the
@@ -29,18 +29,23 @@ from extsnap.snapshot.store import Store
 
 Words = npt.NDArray[np.uint64]
 
-#: Records of a part.
-RECORDS = 1024
+#: Records of a part that is written: 7 KiB of them.
+RECORDS = 256
 #: Masks of more words than this are not in the table: then a lost part may be any snapshot's.
-WORDS_MAX = 32
+WORDS_MAX = 16
+#: Parts of the largest level.
+PARTS_MAX = limits.TABLE_BYTES[fmt.BlobKind.INDEX] // fmt.RECORD_DTYPE.itemsize // RECORDS
 #: Bytes of the table for each record, at most: `RECORDS` of them share a row.
-BYTES_A_RECORD = 0.5
+BYTES_A_RECORD = 0.625
 CRC_BYTES = 4
-_HEAD = struct.Struct("<IIII")  # crc of the blob INDEX, crc of INDEX_CRCS, words of a mask, reserved
+#: Parts that are looked at together.
+_AT_ONCE = 1024
+_HEAD = struct.Struct("<IIII")  # crc of the blob INDEX, crc of INDEX_CRCS, words of a mask, records of a part
 _ROW = np.dtype(
     [("first", "<u8"), ("end", "<u8"), ("crc", "<u4"), ("crcs_crc", "<u4"), ("crcs", "<u4"), ("reserved", "<u4")]
 )
 assert _ROW.itemsize == 32
+assert (_ROW.itemsize + 8 * WORDS_MAX) / RECORDS <= BYTES_A_RECORD
 assert PART_RECORDS % RECORDS == 0
 
 
@@ -96,7 +101,7 @@ class Writer:
         out["row"] = rows
         if words:
             out["words"] = np.concatenate(self._words)
-        return _HEAD.pack(index_crc, crcs_crc, words, 0) + out.tobytes()
+        return _HEAD.pack(index_crc, crcs_crc, words, RECORDS) + out.tobytes()
 
 
 @dataclass
@@ -151,7 +156,9 @@ class Parts:
     """The table of one level, and where each part of it is whole.
 
     Attributes:
-        whole: bool[2, n]: which parts are whole in each copy, records and checksums of copies both.
+        each: Records of a part; the last one may have fewer.
+        records: Of the level.
+        index_whole, crcs_whole: bool[2, n]: which parts are whole in each copy, of the records and of their checksums.
     """
 
     def __init__(self, store: Store, key: int) -> None:
@@ -165,10 +172,11 @@ class Parts:
         raw = store.read_blob(fmt.BlobKind.INDEX_PARTS, key)
         if len(raw) < _HEAD.size:
             raise StoreDamaged(f"store: the parts of index level {key} are cut off")
-        index_crc, crcs_crc, words, _ = _HEAD.unpack_from(raw)
+        index_crc, crcs_crc, words, self.each = _HEAD.unpack_from(raw)
         self.records = store.blob_length(index, key) // fmt.RECORD_DTYPE.itemsize
-        count = -(-self.records // RECORDS)
-        if words > WORDS_MAX or len(raw) != _HEAD.size + count * (_ROW.itemsize + 8 * words) or not count:
+        count = -(-self.records // max(1, self.each))
+        fits = len(raw) == _HEAD.size + count * (_ROW.itemsize + 8 * words)
+        if not (self.each and fits and 0 < count <= PARTS_MAX):
             raise StoreDamaged(f"store: the parts of index level {key} are not as many as it has")
         table = np.frombuffer(raw, np.dtype([("row", _ROW), ("words", "<u8", (words,))]), count, _HEAD.size)
         self._rows = table["row"]
@@ -188,21 +196,27 @@ class Parts:
         """Where a part begins and ends in the blob."""
         if kind == fmt.BlobKind.INDEX:
             size = fmt.RECORD_DTYPE.itemsize
-            return part * RECORDS * size, min((part + 1) * RECORDS, self.records) * size
+            return part * self.each * size, min((part + 1) * self.each, self.records) * size
         return int(self.crc_starts[part]) * CRC_BYTES, int(self.crc_starts[part + 1]) * CRC_BYTES
 
     def _look(self, kind: fmt.BlobKind) -> npt.NDArray[np.bool_]:
         expected = self._rows["crc" if kind == fmt.BlobKind.INDEX else "crcs_crc"]
         whole = np.zeros((2, len(expected)), np.bool_)
         for copy in (copy for of, copy in self._blocks if of == kind):
-            found = [fmt.crc(self.read(kind, part, copy)) for part in range(len(expected))]
-            whole[copy] = np.array(found, np.uint32) == expected
+            for low in range(0, len(expected), _AT_ONCE):
+                borders = [self.bytes_of(kind, part) for part in range(low, min(low + _AT_ONCE, len(expected)))]
+                begin = borders[0][0]
+                raw = memoryview(self._read(kind, copy, begin, borders[-1][1]))
+                found = [fmt.crc(raw[start - begin : end - begin]) for start, end in borders]
+                whole[copy, low : low + len(found)] = np.array(found, np.uint32) == expected[low : low + len(found)]
         return whole
 
     def read(self, kind: fmt.BlobKind, part: int, copy: int) -> bytes:
         """The bytes of a part in a copy of a blob, whatever they are."""
+        return self._read(kind, copy, *self.bytes_of(kind, part))
+
+    def _read(self, kind: fmt.BlobKind, copy: int, start: int, end: int) -> bytes:
         store = self._store
-        start, end = self.bytes_of(kind, part)
         low, high = start // store.block_size, -(-end // store.block_size)
         blocks = self._blocks[kind, copy][low:high]
         return store.read_blocks(blocks).tobytes()[start - low * store.block_size :][: end - start]
