@@ -154,6 +154,22 @@ def blob(kind: fmt.BlobKind, key: int = 0) -> bytes:
     return store_of(MemoryDevice(image())).read_blob(kind, key)
 
 
+def lying_parts(change: Callable[[bytes], bytes], number: Callable[[int], int]) -> MemoryDevice:
+    """The volume with another table of parts, and bytes flipped in both copies of the index that it is about."""
+    device = MemoryDevice(image())
+    store = store_of(device)
+    keys = sorted(key for kind, key in store.root.blobs if kind == fmt.BlobKind.INDEX)
+    key = keys[number(len(keys))]
+    store.write_blob(fmt.BlobKind.INDEX_PARTS, key, change(store.read_blob(fmt.BlobKind.INDEX_PARTS, key)))
+    store.commit()
+    kind = (fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS)[number(2)]
+    for copy in range(2):
+        at = number(store.blob_length(kind, key))
+        block = store.physical(store.blob_blocks(kind, key, copy)[at // BLOCK :][:1])
+        device.content[int(block[0]) * BLOCK + at % BLOCK] ^= 1 << number(8)
+    return device
+
+
 def sealed_batch(masks: list[list[int]], records: list[tuple[int, int, int, int, int]], crcs: int) -> MemoryDevice:
     """The volume with one more batch in its log: records are (block, copy, length, mask id, writes)."""
     device = MemoryDevice(image())
@@ -342,8 +358,8 @@ class Choices:
 
 
 def _changed_store(choose: Choices) -> MemoryDevice:
-    """A root or a blob with fields changed, sealed."""
-    what = choose.number(3)
+    """A root or a blob with fields changed, sealed; or the index damaged, and the table of its parts a lie."""
+    what = choose.number(4)
     if what == 0:
 
         def change(sections: dict[int, bytes]) -> None:
@@ -366,6 +382,8 @@ def _changed_store(choose: Choices) -> MemoryDevice:
         store.write_blob(fmt.BlobKind(kind), key, content)
         store.commit()
         return device
+    if what == 3:
+        return lying_parts(choose.change, choose.number)
     fields = ["generation", "block_size", "flags", "root_block", "root_blocks", "root_bytes"]
     name = fields[choose.number(len(fields))]
     return sealed_slots(

@@ -278,23 +278,24 @@ def volumes() -> Iterator[tuple[str, str, bytes]]:
     store = hostile.store_of(MemoryDevice(hostile.image()))
     sections = fmt.parse_sections(store.root.build())
     changes = 3
+    keys_of_index = sorted(key for kind, key in store.root.blobs if kind == fmt.BlobKind.INDEX)
 
     def section(kind: fmt.Section, offset: int, width: int, value: int) -> bytes:
-        script = Script().number(0, changes).number(0, 3).number(sorted(sections).index(kind), len(sections))
+        script = Script().number(0, changes).number(0, 4).number(sorted(sections).index(kind), len(sections))
         return script.number(1, 16).put(offset, width, value, len(sections[kind])).raw
 
     def blob(kind: fmt.BlobKind, offset: int, width: int, value: int) -> bytes:
         keys = sorted(store.root.blobs)
         key = next(name for name in keys if name[0] == kind)
         size = len(store.read_blob(kind, key[1]))
-        script = Script().number(0, changes).number(1, 3).number(keys.index(key), len(keys))
+        script = Script().number(0, changes).number(1, 4).number(keys.index(key), len(keys))
         return script.put(offset, width, value, size).number(1, 8).raw
 
     def slot(field: str, value: int) -> bytes:
         fields = ["generation", "block_size", "flags", "root_block", "root_blocks", "root_bytes"]
         limit = 1 << (64 if field in ("generation", "root_block", "root_bytes") else 32)
         return (
-            Script().number(0, changes).number(2, 3).number(fields.index(field), len(fields)).number(value, limit).raw
+            Script().number(0, changes).number(2, 4).number(fields.index(field), len(fields)).number(value, limit).raw
         )
 
     def filesystem(what: int, offset: int, width: int, value: int, size: int, *numbers: tuple[int, int]) -> bytes:
@@ -326,6 +327,16 @@ def volumes() -> Iterator[tuple[str, str, bytes]]:
     yield "masks-of-nothing", "masks of no words", blob(fmt.BlobKind.MASKS, 0, 8, 0)
     yield "bitmap-outside", "a preserved bitmap at block 2^60", blob(fmt.BlobKind.HISTORY, 8, 8, 1 << 60)
     yield "row-outside", "a preserved bitmap of row 2^31", blob(fmt.BlobKind.HISTORY, 16, 4, 1 << 31)
+    size = len(hostile.blob(fmt.BlobKind.INDEX_PARTS, keys_of_index[0]))
+    for name, odd, offset, width, value in (
+        ("parts-of-nothing", "a damaged index whose parts have no records", 12, 4, 0),
+        ("parts-of-everything", "a damaged index with one part of 2^32 - 1 records", 12, 4, 0xFFFFFFFF),
+        ("parts-of-all-masks", "a damaged index whose parts have masks of 2^32 - 1 words", 8, 4, 0xFFFFFFFF),
+        ("parts-outside", "a damaged index with a part that begins at block 2^64 - 1", 16, 8, ALL_ONES),
+        ("parts-of-all-blocks", "a damaged index with a part that ends at block 2^64 - 1", 24, 8, ALL_ONES),
+    ):
+        script = Script().number(0, changes).number(3, 4).number(0, len(keys_of_index))
+        yield name, odd, script.put(offset, width, value, size).raw + bytes(16)
     yield "root-nowhere", "a header whose root is at block 0", slot("root_block", 0)
     yield "root-of-an-exabyte", "a header whose root has 2^60 bytes", slot("root_bytes", 1 << 60)
     yield "root-of-all-blocks", "a header whose root has 2^32 - 1 blocks", slot("root_blocks", 0xFFFFFFFF)
