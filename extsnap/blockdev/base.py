@@ -53,6 +53,16 @@ def read_pieces(device: ReadableDevice, pieces: Sequence[tuple[int, memoryview]]
             expect = None
 
 
+def where(device: ReadableDevice, offset: int, length: int) -> tuple[int, int] | None:
+    """The descriptor of a file that has just these bytes of a device, and where in it; None if no file has.
+
+    That is what the device's own ``where`` says, if it has one.
+    """
+    own: Any = getattr(device, "where", None)
+    found: tuple[int, int] | None = own(offset, length) if own is not None else None
+    return found
+
+
 class Device(ReadableDevice, Protocol):
     """A readable device that can be written."""
 

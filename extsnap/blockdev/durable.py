@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 
-from extsnap.blockdev.base import Buffer, CloningDevice
+from extsnap.blockdev.base import Buffer, CloningDevice, where
 
 #: What is written again is remembered in pieces of this size.
 PIECE_BYTES = 64 << 10
@@ -49,6 +49,10 @@ class Durable:
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Read from the device below."""
         self.below.readinto(offset, buffer)
+
+    def where(self, offset: int, length: int) -> tuple[int, int] | None:
+        """As the device below."""
+        return where(self.below, offset, length)
 
     def expect(self, offset: int, length: int) -> None:
         """A hint to the device below, if it takes any."""

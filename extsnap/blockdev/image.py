@@ -219,6 +219,14 @@ class ImageFile:
         except OSError as error:
             raise _failure(error, f"reading {len(buffer)} bytes", self.path, at) from error
 
+    def where(self, offset: int, length: int) -> tuple[int, int]:
+        """The descriptor, and where in the file that is.
+
+        Raises:
+            OSError: It leaves the range.
+        """
+        return self._descriptor, self._at(offset, length, "reading")
+
     def expect(self, offset: int, length: int) -> None:
         """Have the host begin to read a range that is wanted soon; only a hint, whatever becomes of it."""
         with contextlib.suppress(OSError):

@@ -43,6 +43,9 @@ class ServedVolume(Protocol):
 
     def readinto(self, offset: int, buffer: memoryview) -> None: ...
 
+    def where(self, offset: int, length: int) -> tuple[int, int] | None:
+        """The descriptor of a file that has just what `readinto` gives, and the offset there; None: no file has."""
+
     def write(self, offset: int, data: Buffer) -> None: ...
 
     def punch(self, offset: int, length: int) -> None: ...

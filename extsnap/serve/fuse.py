@@ -8,8 +8,9 @@ The served directory is small and fixed::
     scratch/N         a view, or the volume, under a throw-away layer, read and written; there is none until asked for
 
 One request is one ``readv``, one positioned read or write of the volume, and one ``writev``; the
-buffers are allocated once and page-aligned.  ``linux/fuse.h`` is the specification; structures keep
-its field order, in the byte order of the host.
+buffers are allocated once and page-aligned.  A large read of what stands in the image as it is goes through
+a pipe instead and is not copied here (`extsnap.serve.splice`).  ``linux/fuse.h`` is the specification;
+structures keep its field order, in the byte order of the host.
 
 *Caching.*  Names and attributes have timeouts of zero, so a snapshot appears and vanishes at once.
 (``volume`` alone keeps its attributes where the kernel delays writes: it would ask for them before each.)  A
@@ -49,6 +50,7 @@ from extsnap.blockdev.scratch import Scratch
 from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy
 from extsnap.serve.contract import ServedView, ServedVolume
 from extsnap.serve.disk import Disk
+from extsnap.serve.splice import Splice
 
 # Opcodes (enum fuse_opcode).
 LOOKUP, FORGET, GETATTR, SETATTR = 1, 2, 3, 4
@@ -87,6 +89,7 @@ DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type
 
 KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
+_LARGE = 256 << 10  # bytes of a read that is spliced if it can be; measured: docs/DECISIONS.md
 _KEPT = 1 << 30  # seconds
 _LATEST = 5.0  # seconds by which an acknowledgement is late at most
 _SMALL, _LATEST_SMALL = 16 << 10, 0.05  # the same for what may be metadata, for which others wait
@@ -226,6 +229,7 @@ class FuseFiles:
         self._data = memoryview(mmap.mmap(-1, max(max_write, 1 << 16)))
         self._in_buffers: list[bytearray | memoryview] = [self._head, self._data]
         self._out_head = bytearray(OUT_HEADER.size)
+        self._splice = Splice(fd)
         self._out_data = memoryview(mmap.mmap(-1, max_write))
         self._write_reply = bytearray(OUT_HEADER.size + WRITE_OUT.size)
         self._slow: dict[int, Callable[[int, bytes], bytes | None]] = {
@@ -327,6 +331,7 @@ class FuseFiles:
 
     def close(self) -> None:
         """Close the views that are still open (after the end of the connection)."""
+        self._splice.close()
         for number, layer in list(self._layers.items()):
             layer.wanted, layer.opens = False, 0
             self._end_layer(number)
@@ -401,13 +406,15 @@ class FuseFiles:
         try:
             os.writev(self._fd, parts)
         except OSError as error:
-            if error.errno == errno.ENODEV:
-                raise Unmounted from error
-            if error.errno == errno.ENOENT:  # the asker was interrupted and is gone
-                return False
-            self._note(f"answer to request {unique} was not taken: {error.strerror}")
+            self._not_taken(unique, error)
             return False
         return True
+
+    def _not_taken(self, unique: int, error: OSError) -> None:
+        if error.errno == errno.ENODEV:
+            raise Unmounted from error
+        if error.errno != errno.ENOENT:  # else the asker was interrupted and is gone
+            self._note(f"answer to request {unique} was not taken: {error.strerror}")
 
     def _answer(self, unique: int, payload: bytes) -> bool:
         OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size + len(payload), 0, unique)
@@ -508,6 +515,8 @@ class FuseFiles:
             if source is None:
                 raise _Refused(errno.EBADF)
         size = max(0, min(size, source.size - offset, self._max_write))
+        if _LARGE <= size <= self._splice.most and source is self._volume and self._spliced(unique, offset, size):
+            return
         OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size + size, 0, unique)
         if size:
             data = self._out_data[:size]
@@ -516,6 +525,18 @@ class FuseFiles:
             self._send(unique, [self._out_head, data])
         else:
             self._send(unique, [self._out_head])
+
+    def _spliced(self, unique: int, offset: int, size: int) -> bool:
+        """Answer a read of ``volume`` with what stands in the image as it is; False: not possible here and now."""
+        place = self._volume.where(offset, size)
+        if place is None:
+            return False
+        OUT_HEADER.pack_into(self._out_head, 0, OUT_HEADER.size + size, 0, unique)
+        try:
+            return self._splice.send(self._out_head, *place, size)
+        except OSError as error:
+            self._not_taken(unique, error)
+            return True
 
     # ---- the rest
 

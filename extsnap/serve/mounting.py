@@ -21,11 +21,14 @@ from pathlib import Path
 from extsnap.blockdev.inuse import in_other_namespaces
 from extsnap.errors import ServerError, ToolError, VolumeBusy
 from extsnap.serve import tools
+from extsnap.serve.splice import MOST_BYTES
 
 FSTYPE = "fuse.extsnap"
 
 _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 2, 4, 1024
 _MNT_FORCE, _MNT_DETACH = 1, 2
+#: What every mount has.
+_OPTIONS = f"default_permissions,max_read={MOST_BYTES}"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -195,7 +198,7 @@ def _fuse_mount_directly(directory: str, source: str, allow_other: bool) -> int:
             f"cannot serve: /dev/fuse: {error.strerror}",
             hint="load the fuse module (modprobe fuse), or give this container the device /dev/fuse",
         ) from error
-    options = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+    options = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},{_OPTIONS}"
     if allow_other:
         options += ",allow_other"
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOATIME
@@ -212,7 +215,7 @@ def _fuse_mount_directly(directory: str, source: str, allow_other: bool) -> int:
 
 def _fuse_mount_by_helper(directory: str, source: str, allow_other: bool) -> int:
     name = source.replace("\\", "\\\\").replace(",", "\\,")
-    options = f"fsname={name},subtype=extsnap,default_permissions,nosuid,nodev,noatime"
+    options = f"fsname={name},subtype=extsnap,{_OPTIONS},nosuid,nodev,noatime"
     if allow_other:
         options += ",allow_other"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -41,7 +41,7 @@ from extsnap.arrays import (
     runs_of,
     set_positions,
 )
-from extsnap.blockdev.base import Buffer, read_pieces
+from extsnap.blockdev.base import Buffer, read_pieces, where
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import hidden, limits
@@ -304,6 +304,11 @@ class Engine:
                 piece = self._arena[at : at + (count << self._bits)]
                 self._paste(buffer, origin, position - start, piece)
 
+    def where(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Where in a file this part of the base volume stands as it is; None where nowhere."""
+        start, stop = (offset >> self._bits) + self.shift, ((offset + length - 1) >> self._bits) + 1 + self.shift
+        return None if self._special.any(start, stop) else where(self.medium.device, offset, length)
+
     def _paste(self, buffer: memoryview, origin: int, block: int, data: Buffer) -> None:
         """Put ``data``, which starts ``block`` blocks into the request, over the part of ``buffer`` it covers."""
         at = (block << self._bits) - origin
@@ -374,7 +379,7 @@ class Engine:
         if self.hidden.some:  # they read as zeros
             differs |= self.hidden.bits.test(positions)
         owned = self._owned.test(positions)
-        if (owned & differs & filled_rows(new)).any():
+        if filled_rows(new[owned]).any():
             raise StoreProtected("blocks of the store of the snapshots would be overwritten")
         differs &= ~owned
         if not differs.all():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from extsnap.blockdev.base import Buffer, CloningDevice
+from extsnap.blockdev.base import Buffer, CloningDevice, where
 from extsnap.ondisk.checksum import crc32c_raw
 from extsnap.snapshot.format import POINTER_BYTES, POINTER_OFFSET
 
@@ -120,6 +120,10 @@ class Medium:
         for at in self._touched(offset, len(buffer)):
             low, high = max(at, offset), min(at + SUPERBLOCK_BYTES, end)
             buffer[low - offset : high - offset] = self.superblock(at)[low - at : high - at]
+
+    def where(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Where in a file this stands as it is seen from above; None where nowhere."""
+        return None if self._touched(offset, length) else where(self.device, offset, length)
 
     def expect(self, offset: int, length: int) -> None:
         """A hint to the device, if it takes any."""

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from extsnap.arrays import Ints, expand
-from extsnap.blockdev.base import Buffer, CloningDevice, Device
+from extsnap.blockdev.base import Buffer, CloningDevice, Device, where
 from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
@@ -1124,6 +1124,10 @@ class Volume:
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Read the base volume."""
         self.base.readinto(offset, buffer)
+
+    def where(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Where in a file this part of the base volume stands as it is; None where nowhere."""
+        return where(self.base, offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read the base volume."""

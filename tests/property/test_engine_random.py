@@ -40,6 +40,13 @@ class Moment:
     content: bytes
 
 
+class FileDevice(MemoryDevice):
+    """One that is a file: descriptor 7."""
+
+    def where(self, offset: int, length: int) -> tuple[int, int]:
+        return 7, offset
+
+
 class Bench:
     """An engine over a store in memory, the model beside it, and the commands of `Volume` in their bare form."""
 
@@ -53,7 +60,7 @@ class Bench:
         blocks_per_group: int = 512,
     ) -> None:
         self.rng = random.Random(seed)
-        self.device = MemoryDevice(bytes(blocks * BLOCK + TAIL))
+        self.device = FileDevice(bytes(blocks * BLOCK + TAIL))
         self.count = blocks + 1
         self.geometry = (blocks_per_group, first_data_block)
         # Logical blocks with a hole between the extents, as a store that gave space back has them.
@@ -77,6 +84,7 @@ class Bench:
         self.snapshots: list[fmt.Snapshot] = []
         self.moments: dict[int, Moment] = {}
         self.refused = 0
+        self.found = 0
         self.engine = self.opened()
 
     def opened(self) -> Engine:
@@ -186,6 +194,7 @@ class Bench:
 
     def verify(self) -> None:
         """Base and views are their models; the records are those of the snapshots, and of nothing else."""
+        self.verify_places()
         found = self.engine.pread(0, self.device.size)
         wrong = np.flatnonzero(lab.unequal(found, self.base))
         assert not len(wrong), f"blocks {wrong[:10].tolist()} of the base"
@@ -197,6 +206,17 @@ class Bench:
             stray = np.flatnonzero(lab.unequal(seen, bytes(len(seen))) & ~moment.preserved)
             assert not len(stray), f"{snapshot.name}: stray blocks {stray[:10].tolist()}"
         self.verify_records()
+
+    def verify_places(self) -> None:
+        """What is said to stand on the device as it is does so."""
+        for _ in range(50):
+            length = self.rng.choice([1, BLOCK, 8 * BLOCK, 40 * BLOCK])
+            offset = self.rng.randrange(self.device.size - length + 1)
+            place = self.engine.where(offset, length)
+            if place is not None:
+                assert place == (7, offset)
+                assert self.device.content[offset : offset + length] == self.base[offset : offset + length]
+                self.found += 1
 
     def verify_records(self) -> None:
         bits = self.engine.masks.bits()
@@ -326,6 +346,7 @@ def test_random_work(seed: int, most: int) -> None:
             bench.verify()
     bench.reopen()
     bench.verify()
+    assert bench.found, "nothing of the base stands on the device as it is"
 
 
 @pytest.mark.parametrize("seed", range(6))

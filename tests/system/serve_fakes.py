@@ -85,6 +85,9 @@ class FakeVolume:
     def readinto(self, offset: int, buffer: memoryview) -> None:
         assert os.preadv(self._fd, [buffer], offset) == len(buffer)
 
+    def where(self, offset: int, length: int) -> None:
+        """It stands in no file."""
+
     def write(self, offset: int, data: memoryview) -> None:
         assert os.pwrite(self._fd, data, offset) == len(data)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -52,6 +55,11 @@ class Volume:
             raise self.error
         buffer[:] = self.data[offset : offset + len(buffer)]
 
+    place: tuple[int, int] | None = None
+
+    def where(self, offset: int, length: int) -> tuple[int, int] | None:
+        return self.place
+
     def write(self, offset: int, data: memoryview) -> None:
         if self.error:
             raise self.error
@@ -88,7 +96,7 @@ class Kernel:
         self.ours.settimeout(5)
         self.log: list[str] = []
         self.volume = volume
-        self.files = FuseFiles(self.theirs.fileno(), volume, log=self.log.append, max_write=1 << 16, **options)
+        self.files = FuseFiles(self.theirs.fileno(), volume, log=self.log.append, **{"max_write": 1 << 16, **options})
         self.unique = 0
 
     def raw(self, packet: bytes) -> None:
@@ -101,7 +109,7 @@ class Kernel:
         return fuse.IN_HEADER.pack(size, opcode, self.unique, node, 0, 0, 4711, 0, 0) + body
 
     def answer(self) -> tuple[int, bytes]:
-        reply = self.ours.recv(1 << 18)
+        reply = self.ours.recv(1 << 20)
         length, error, unique = fuse.OUT_HEADER.unpack_from(reply)
         assert length == len(reply)
         assert unique == self.unique
@@ -540,3 +548,67 @@ def test_the_base_volume_under_a_layer_is_not_written(kernel: Kernel, volume: Vo
     assert kernel.release(fuse.VOLUME_NODE) == 0
     kernel.files.drop_scratch(file)
     assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
+
+
+class FakeSplice:
+    """Takes what it is given, or says why not."""
+
+    def __init__(self, result: bool | OSError) -> None:
+        self.result, self.most, self.sent = result, 1 << 20, []
+
+    def send(self, head: bytearray, descriptor: int, offset: int, size: int) -> bool:
+        self.sent.append((fuse.OUT_HEADER.unpack(head), descriptor, offset, size))
+        if isinstance(self.result, OSError):
+            raise self.result
+        return self.result
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@contextmanager
+def spliced(volume: Volume, result: bool | OSError) -> Iterator[tuple[Kernel, FakeSplice]]:
+    volume.data[:] = random.Random(1).randbytes(SIZE)
+    kernel = Kernel(volume, max_write=1 << 20)
+    kernel.files._splice = fake = FakeSplice(result)
+    try:
+        with mock.patch.object(fuse, "_LARGE", 65536):  # a socket takes no more than 200 KiB at once
+            yield kernel, fake
+    finally:
+        kernel.files.close()
+        kernel.ours.close()
+        kernel.theirs.close()
+
+
+def test_a_large_read_is_sent_from_where_it_stands(volume: Volume) -> None:
+    volume.place = (77, 12_345)
+    with spliced(volume, True) as (kernel, fake):
+        kernel.raw(kernel.packet(fuse.READ, fuse.VOLUME_NODE, fuse.IO_IN.pack(0, 4096, 100_000, 0, 0, 0, 0)))
+        assert kernel.silent()
+        assert fake.sent == [((100_016, 0, kernel.unique), 77, 12_345, 100_000)]
+
+
+@pytest.mark.parametrize("why", ["refused", "nowhere", "small", "too large"])
+def test_what_cannot_be_spliced_is_copied(volume: Volume, why: str) -> None:
+    volume.place = None if why == "nowhere" else (77, 12_345)
+    with spliced(volume, False) as (kernel, fake):
+        size = 4096 if why == "small" else 100_000
+        fake.most = size - 1 if why == "too large" else 1 << 20
+        assert kernel.read(fuse.VOLUME_NODE, 4096, size) == (0, bytes(volume.data[4096 : 4096 + size]))
+        assert len(fake.sent) == (why == "refused")
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOENT, 0), (errno.EIO, 1)])
+def test_a_spliced_answer_that_is_not_taken(volume: Volume, code: int, said: int) -> None:
+    """Whoever asked may be gone; anything else is noted.  Nothing is sent twice."""
+    volume.place = (77, 0)
+    with spliced(volume, OSError(code, "not taken")) as (kernel, _):
+        kernel.raw(kernel.packet(fuse.READ, fuse.VOLUME_NODE, fuse.IO_IN.pack(0, 0, 100_000, 0, 0, 0, 0)))
+        assert kernel.silent()
+        assert len(kernel.log) == said
+
+
+def test_the_connection_ends_with_a_spliced_answer(volume: Volume) -> None:
+    volume.place = (77, 0)
+    with spliced(volume, OSError(errno.ENODEV, "gone")) as (kernel, _), pytest.raises(fuse.Unmounted):
+        kernel.raw(kernel.packet(fuse.READ, fuse.VOLUME_NODE, fuse.IO_IN.pack(0, 0, 100_000, 0, 0, 0, 0)))

@@ -255,9 +255,7 @@ def test_a_short_life_of_the_fuzzer(target: str) -> None:
             hostile.TARGETS[target](rng.randbytes(200))
 
 
-SEEDS = dict(
-    re.findall(r"^\| `([^`]+)` \| [^|]+ \| (.*) \|$", (hostile.SEEDS / "README.md").read_text(), re.MULTILINE)
-)
+SEEDS = dict(re.findall(r"^\| `([^`]+)` \| [^|]+ \| (.*) \|$", (hostile.SEEDS / "README.md").read_text(), re.MULTILINE))
 
 
 def test_the_readme_lists_every_seed():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import images
+import lab
 import oracle
 import pytest
 from hypothesis import example, given
@@ -323,3 +324,18 @@ def test_the_package_finds_every_superblock(name):
         blocks = geometry.superblock_blocks.tolist()
         offsets = [block * geometry.block_size + geometry.superblock_offset(block) for block in blocks]
     assert offsets == superblock_offsets(path)
+
+
+def test_where_it_stands_as_it_is() -> None:
+    """Everywhere but in superblocks, which are translated."""
+
+    class File(lab.MemoryDevice):
+        def where(self, offset: int, length: int) -> tuple[int, int]:
+            return 7, offset
+
+    medium = Medium(File(lab.plain_image("ext4")))
+    assert medium.where(0, 1024) == (7, 0)
+    assert medium.where(2048, 1 << 20) == (7, 2048)
+    for offset, length in ((0, 1025), (1024, 1), (2047, 1), (0, 1 << 20)):
+        assert medium.where(offset, length) is None
+    assert Medium(lab.MemoryDevice(lab.plain_image("ext4"))).where(2048, 1024) is None
