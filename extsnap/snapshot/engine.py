@@ -463,9 +463,15 @@ class Engine:
         finally:
             self.spared = spared
 
-    def blocks_to_preserve(self) -> int:
-        """Blocks that would be copied if all of the volume were overwritten now: at most, see `rebuild_need`."""
+    def blocks_to_preserve(self, also: SparseBits | None = None) -> int:
+        """Blocks that would be copied if all of the volume were overwritten now: at most, see `rebuild_need`.
+
+        Args:
+            also: What a snapshot that is about to be taken preserves.
+        """
         left = self.need.copy()
+        if also is not None:
+            left |= also
         left -= self._owned
         return left.total()
 

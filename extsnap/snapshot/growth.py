@@ -28,12 +28,12 @@ is still to preserve than that, so much is enough.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extsnap.arrays import Ints, expand
+from extsnap.arrays import Ints, expand, runs_of
 from extsnap.blockdev.base import Buffer
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
@@ -51,6 +51,12 @@ CHUNK_LEAST, CHUNK_MOST = 16 << 20, 256 << 20
 PIECE_BLOCKS = 8192
 #: Logical runs that the filesystem is asked to free at once.
 PUNCH_RUNS = 256
+#: Of what the filesystem gives, the largest share that is adopted, which brings no room.
+MOST_ADOPTED = 7 / 8
+#: At most so many times what is wanted is asked for, where the filesystem gives what snapshots need.
+GREED_MOST = 8
+#: Blocks of room that are worth asking again at once.
+WORTH_IT = 64
 #: Seconds for which nothing is asked after an answer that brought nothing.
 PAUSE = 2.0
 #: Seconds in which writing may use up the whole reserve while it waits for growth; and the longest one waits.
@@ -124,9 +130,17 @@ class Cookie:
 
 @dataclass
 class _Grant:
-    """New blocks that the filesystem gave and that are not made ours yet."""
+    """New blocks that the filesystem gave.
 
-    rows: list[Extents] = field(default_factory=list)
+    Attributes:
+        rows: Those that are not made ours yet, in pieces.
+        back: Logical runs that go back to it afterwards.
+        gained: Room that came of it so far, in blocks.
+    """
+
+    rows: list[Extents]
+    back: Ints | None = None
+    gained: int = 0
 
 
 class Growth:
@@ -155,9 +169,9 @@ class Growth:
         self.cookie: Cookie | None = None
         self._asked: str | None = None
         self._grant: _Grant | None = None
-        self._wanted = 0
+        self._wanted = self._ahead = 0
         self._shrink = False
-        self._refused: Ints | None = None
+        self._greed = 1  # how many times as much as is wanted is asked for
         self._retry_at = 0.0
         self._left_then: int | None = None
         self._left_seen = 0
@@ -181,13 +195,17 @@ class Growth:
         return min(needed, self.reserve.in_flight + self.reserve.chunk) if self.limited else needed
 
     def provision(self) -> None:
-        """From now on have room for the tables of a snapshot as well, which is about to be taken."""
-        self._wanted = self._volume.snapshot_blocks_live() + edit.MINIMUM_ROOM
+        """From now on have room for a snapshot that is about to be taken: its tables, and what it will preserve.
+
+        A writer may go on at full speed with the thaw, before any growth that begins with it.
+        """
+        tables, copies = self._volume.snapshot_needs_live()
+        self._wanted, self._ahead = tables + edit.MINIMUM_ROOM, min(copies, self.reserve.in_flight)
         self.look_again()
 
     def provided(self) -> None:
         """It was taken, or will not be."""
-        self._wanted = 0
+        self._wanted = self._ahead = 0
         self.look_again()
 
     def look_again(self) -> None:
@@ -213,8 +231,9 @@ class Growth:
     def _missing(self) -> int:
         """Blocks that the store is short of what `provision` asked for."""
         engine, store = self._volume.require_engine(), self._volume.require_store()
-        room = engine.blocks_for(min(self._keep(), self.reserve.in_flight)) if engine.snapshots else 0
-        return engine.reserve() + engine.spared + room + self._wanted - store.available
+        room = min(self._keep(), self.reserve.in_flight) if engine.snapshots else 0
+        copies = engine.blocks_for(max(room, self._ahead))
+        return engine.reserve() + engine.spared + copies + self._wanted - store.available
 
     def shrink(self) -> None:
         """Give back what is not worth keeping, as soon as that can be: something was deleted."""
@@ -239,7 +258,7 @@ class Growth:
         blocks = self._growth()
         if blocks <= 0:
             return None
-        return self._ask_for(blocks)
+        return self._ask_for(self._greed * blocks)
 
     def _growth(self) -> int:
         """Blocks to grow by now; 0, and when to look again, where there is enough."""
@@ -273,8 +292,8 @@ class Growth:
     def _give_back(self) -> dict[str, Any] | None:
         """Take what is not worth keeping out of the header and ask the filesystem to free it, if there is any."""
         engine, store = self._volume.require_engine(), self._volume.require_store()
-        keep = engine.reserve() + engine.spared + engine.blocks_for(self._keep() if engine.snapshots else 0)
-        spare = store.available - keep - self.reserve.chunk // 8
+        copies = engine.blocks_for(max(self._keep() if engine.snapshots else 0, self._ahead))
+        spare = store.available - engine.reserve() - engine.spared - copies - self._wanted - self.reserve.chunk // 8
         if spare <= 0:
             return None
         runs = edit.unused_runs(store, spare, self._unit)[-PUNCH_RUNS:]
@@ -318,13 +337,18 @@ class Growth:
             return ""
         engine = self._volume.require_engine()
         engine.commit()
-        needed = sum(len(engine.adoptable(np.sort(expand(piece[:, 1], piece[:, 2])))) for piece in _pieces(new))
-        if 2 * needed > count:
-            # Taking it would bring no room, and go on until nothing is left of the free space.
-            self._grant = _Grant()
-            self._refused = new[:, [0, 2]]
+        pieces = _pieces(new)
+        needed = np.concatenate([engine.adoptable(np.sort(expand(piece[:, 1], piece[:, 2]))) for piece in pieces])
+        if len(needed) > MOST_ADOPTED * count:
+            # Adopting it would take the free space for next to no room.  The rest is taken, what snapshots need goes
+            # back, and the next request is for more: the kernel looks at the same place first.
+            back = _longest(runs_of(_logical(new, np.sort(needed))), PUNCH_RUNS)
+            rest = graft.keep_logical(new, _between(back))
+            self._grant = _Grant(_pieces(rest) if len(rest) else [], back)
+            self._greed = min(2 * self._greed, GREED_MOST)
             return ""
-        self._grant = _Grant(_pieces(new))
+        self._greed = 1
+        self._grant = _Grant(pieces)
         return ""
 
     def step(self) -> dict[str, Any] | None:
@@ -336,14 +360,13 @@ class Growth:
         grant = self._grant
         if grant is None:
             return None
-        refused, self._refused = self._refused, None
-        if refused is not None:
-            self._grant = None
-            self._pause()
-            return self._ask_to_free(refused)
         if not grant.rows:
             self._grant = None
-            return None
+            if grant.back is None:
+                return None
+            if grant.gained < WORTH_IT:
+                self._pause()
+            return self._ask_to_free(grant.back)
         volume = self._volume
         engine, store = volume.require_engine(), volume.require_store()
         piece, before = grant.rows.pop(0), store.available
@@ -355,7 +378,8 @@ class Growth:
             self._pause()
             raise
         volume.count_room(store.available - before)
-        if not grant.rows:
+        grant.gained += store.available - before
+        if not grant.rows and grant.back is None:
             self._grant = None
         return None
 
@@ -449,16 +473,29 @@ def _pieces(rows: Extents) -> list[Extents]:
     return pieces
 
 
-def _without(rows: Extents, blocks: Ints) -> Extents:
-    """Rows (that do not overlap) without these physical blocks, sorted."""
+def _logical(rows: Extents, blocks: Ints) -> Ints:
+    """Logical blocks of those of the physical ``blocks`` that rows (which do not overlap) have; sorted."""
     by_place = rows[np.argsort(rows[:, 1], kind="stable")]
     index = np.searchsorted(by_place[:, 1], blocks, "right") - 1
     blocks, index = blocks[index >= 0], index[index >= 0]
     inside = blocks < by_place[index, 1] + by_place[index, 2]
-    out = np.sort(by_place[index[inside], 0] + blocks[inside] - by_place[index[inside], 1])
-    starts, ends = np.concatenate([[0], out + 1]), np.concatenate([out, [1 << 62]])
-    kept = ends > starts
-    return graft.keep_logical(rows, np.stack([starts, ends - starts], axis=1)[kept])
+    return np.sort(by_place[index[inside], 0] + blocks[inside] - by_place[index[inside], 1])
+
+
+def _without(rows: Extents, blocks: Ints) -> Extents:
+    """Rows (that do not overlap) without these physical blocks."""
+    return graft.keep_logical(rows, _between(runs_of(_logical(rows, blocks))))
+
+
+def _between(runs: Ints) -> Ints:
+    """The runs between sorted runs, before and behind them."""
+    starts, ends = np.concatenate([[0], runs.sum(axis=1)]), np.concatenate([runs[:, 0], [1 << 62]])
+    return np.stack([starts, ends - starts], axis=1)[ends > starts]
+
+
+def _longest(runs: Ints, most: int) -> Ints:
+    """The longest of sorted runs, at most so many; sorted."""
+    return runs[np.sort(np.argsort(-runs[:, 1], kind="stable")[:most])]
 
 
 def _metadata(fs: Filesystem) -> Ints:

@@ -886,21 +886,20 @@ class Volume:
         entry = fmt.HISTORY_DTYPE.itemsize + fmt.HISTORY_TWIN_DTYPE.itemsize
         return 2 * len(stored) + len(rows) * entry * 4 // self.block_size + 2 * hidden.zero_blocks(engine, bits)
 
-    def snapshot_blocks_live(self) -> int:
-        """`snapshot_blocks` of a volume that somebody writes to, whose bitmaps need not agree on the medium.
+    def snapshot_needs_live(self) -> tuple[int, int]:
+        """(`snapshot_blocks`, blocks to preserve from then on) of a volume that somebody writes to.
 
-        A group that they do not tell of may get bitmaps of its own.
+        Its bitmaps need not agree on the medium: a group that they do not tell of may get bitmaps of its own.
         """
         engine, store = self.require_engine(), self.require_store()
         fs = self.filesystem(lenient=True)
         owned = store.root.extents[:, 1:]
-        needed = [
-            self.snapshot_blocks(
-                preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned, crash=crash)
-            )
+        found = [
+            preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned, crash=crash)
             for crash in (False, True)
         ]
-        return max(needed) + 2 * int((~fs.sound_groups).sum())
+        tables = max(map(self.snapshot_blocks, found)) + 2 * int((~fs.sound_groups).sum())
+        return tables, engine.blocks_to_preserve(found[1])
 
     def make_room_for_snapshot(self, *, consistency: fmt.Consistency = fmt.Consistency.CLEAN) -> SparseBits:
         """See that the store has room for one more snapshot, growing it where needed and possible.

@@ -101,6 +101,59 @@ def test_a_grant_that_is_mostly_needed_blocks_goes_back(served) -> None:
     assert growth.due() is None, "it stops for a while"
 
 
+def test_of_a_grant_that_is_nearly_all_needed_the_rest_is_taken_and_more_is_asked_for(served) -> None:
+    volume, blocks, _ = served
+    growth, free, end = ask(volume), free_run(volume, 16), end_of(volume)
+    before = volume.store.available
+    assert (
+        growth.take(answer(volume, (end, int(blocks[0]), 80), (end + 80, free, 8), (end + 88, int(blocks[80]), 40)))
+        == ""
+    )
+    assert growth.step() is None
+    assert volume.store.available == before + 8
+    request = growth.step()
+    assert request is not None
+    assert (request["do"], request["runs"]) == ("free", [[end, 80], [end + 88, 40]])
+    assert not growth.at_work
+    assert growth.take({"do": "free", "error": ""}) == ""
+    asked = []
+    for found in ([(end + 88, free + 8, 1)], []):
+        growth._wanted = volume.store.available
+        growth.look_again()
+        request = growth.due()
+        assert request is not None
+        asked.append(sum(count for _, count in request["runs"]) / growth._growth())
+        growth.take(answer(volume, *found))
+        while growth.at_work:
+            growth.step()
+    assert asked == [2, 1], "twice as much once, and then what is wanted"
+
+
+def test_a_snapshot_finds_room_for_what_it_will_preserve(tmp_path: Path) -> None:
+    """Without snapshots nothing is preserved, and the store is small: a writer may go on with the thaw."""
+    image = make_volume(tmp_path / "disk.img", "ext4", 64, "-b", "1024", files={"file": FILE * 32})
+    with extsnap.open(image) as volume:
+        volume.create("one")
+        volume.snapshots["one"].delete()
+        volume.begin_serving()
+        growth, store = volume.growth, volume.store
+        assert growth is not None
+        growth.mounted = True
+        store.allocate(store.available - volume.engine.reserve() - volume.engine.spared)
+        assert growth.due() is None, "nothing is preserved"
+        growth.provision()
+        request = growth.due()
+        assert request is not None
+        used = len(oracle.file_blocks(image, "/file").data_blocks)
+        assert sum(count for _, count in request["runs"]) > used
+        growth.take(answer(volume, (end_of(volume), free_run(volume, 4096), 4096)))
+        while growth.at_work:
+            growth.step()
+        assert not growth.is_provided, "a part of it is not enough"
+        growth.provided()
+        assert growth.is_provided
+
+
 @pytest.mark.parametrize(
     ("rows", "wrong"),
     [
