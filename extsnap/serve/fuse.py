@@ -47,7 +47,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from extsnap.blockdev.scratch import Scratch
-from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy
+from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy, VolumeFull
 from extsnap.serve.contract import ServedView, ServedVolume
 from extsnap.serve.disk import Disk
 from extsnap.serve.splice import Splice
@@ -92,6 +92,7 @@ DEFAULT_MAX_WRITE = 1 << 20
 _LARGE = 256 << 10  # bytes of a read that is spliced if it can be; measured: docs/DECISIONS.md
 _KEPT = 1 << 30  # seconds
 _LATEST = 5.0  # seconds by which an acknowledgement is late at most
+_MOST_PARKED = 256  # requests that wait for room: the kernel sends no more than 64 at once of what it delays
 _SMALL, _LATEST_SMALL = 16 << 10, 0.05  # the same for what may be metadata, for which others wait
 
 ROOT_NODE, VOLUME_NODE, SNAPSHOTS_NODE, DISK_NODE, SCRATCH_NODE, FIRST_SNAPSHOT_NODE = 1, 2, 3, 4, 5, 16
@@ -153,6 +154,7 @@ class FuseFiles:
         refusal: What the last of these refusals said.
         lag: Called after a write: seconds by which its acknowledgement is late.  It is done all the same; whoever
             writes gets slower.  None: never.
+        hope: Whether a write that finds no room is to wait for more, until `try_parked` finds it or hope is lost.
         failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
             of its file without asking for the result), or None.
     """
@@ -202,8 +204,9 @@ class FuseFiles:
         self.refused = 0
         self.refusal = ""
         self.failure: Exception | None = None
-        # The kernel cuts a write at our limit and, where it is no whole page, at its first and last page.  If a later
-        # part fails, the loop device takes the short write for a whole one: so the next fsync fails as well.
+        # Where it does not delay writes, the kernel cuts one at our limit and, where it is no whole page, at its first
+        # and last page.  If a later part fails, the loop device takes the short write for a whole one: the next fsync
+        # fails as well.  (Delayed and direct ones fail whole; an fsync that fails stops the journal of a mounted ext4.)
         # Kept: where the last writes ended, and those of them that may have been the first part of a longer one.
         self._ends: deque[int] = deque(maxlen=64)
         self._heads: deque[int] = deque(maxlen=64)
@@ -217,6 +220,10 @@ class FuseFiles:
         self._next_listing = 1
         self._uid, self._gid = (os.geteuid(), os.getegid()) if like is None else (like.st_uid, like.st_gid)
         self._mode = 0o600 if like is None else like.st_mode & 0o666
+        # Writes and discards that found no room while more may come: (length, head, data), as they were received.
+        self.hope: Callable[[], bool] | None = None
+        self.parked_since = 0.0
+        self._parked: deque[tuple[int, bytes, bytes]] = deque()
         # Acknowledgements that are late: when they are due (monotonic), and what they acknowledge.
         self.lag: Callable[[], float] | None = None
         self._late: list[tuple[float, int, int]] = []  # a heap
@@ -368,6 +375,11 @@ class FuseFiles:
         if claimed != length:
             self._fail(unique, errno.EINVAL)
             return True
+        self._answer_to(opcode, unique, node, length)
+        return True
+
+    def _answer_to(self, opcode: int, unique: int, node: int, length: int) -> None:
+        """Carry out and answer the request in the buffers."""
         try:
             if opcode == WRITE:
                 self._write(unique, node, length)
@@ -389,12 +401,48 @@ class FuseFiles:
         except struct.error:
             self._fail(unique, errno.EINVAL)
         except Exception as error:  # one bad request must never end the others
+            if isinstance(error, VolumeFull) and self._park(opcode, length):
+                return
             if isinstance(error, StoreProtected):
                 self.refused += 1
                 self.refusal = error.message
             self._report(opcode, error)
             self._fail(unique, error_number(error))
+
+    # ---- requests that wait for room
+
+    def _park(self, opcode: int, length: int) -> bool:
+        """Whether the request in the buffers, which found no room, is tried again instead of refused."""
+        if (
+            opcode not in (WRITE, FALLOCATE)
+            or self.hope is None
+            or not self.hope()
+            or len(self._parked) >= _MOST_PARKED
+        ):
+            return False
+        if not self._parked:
+            self.parked_since = time.monotonic()
+        self._parked.append((length, bytes(self._head), bytes(self._data[: max(0, length - len(self._head))])))
         return True
+
+    @property
+    def are_parked(self) -> bool:
+        """Whether requests wait for room, the first of them since ``parked_since``."""
+        return bool(self._parked)
+
+    def try_parked(self) -> None:
+        """Try requests that wait for room again, in their order, until one has to go on waiting."""
+        waiting = len(self._parked)
+        while waiting:
+            length, head, data = self._parked.popleft()
+            waiting -= 1
+            self._head[:] = head
+            self._data[: len(data)] = data
+            _, opcode, unique, node, *_ = IN_HEADER.unpack_from(head)
+            self._answer_to(opcode, unique, node, length)
+            if len(self._parked) > waiting:
+                self._parked.rotate(1)
+                return
 
     def _body(self, length: int) -> bytes:
         split = len(self._head)
@@ -455,7 +503,7 @@ class FuseFiles:
         try:
             base.write(offset, self._data[:size])
         except Exception as error:
-            if offset in self._heads or (size % mmap.PAGESIZE and offset in self._ends):
+            if not self._writeback_cache and (offset in self._heads or (size % mmap.PAGESIZE and offset in self._ends)):
                 self._unreported = error
             raise
         self._ends.append(offset + size)

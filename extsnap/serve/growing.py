@@ -16,6 +16,7 @@ from extsnap.serve import control
 from extsnap.serve.grower import Grower
 
 if TYPE_CHECKING:
+    from extsnap.serve.fuse import FuseFiles
     from extsnap.serve.server import Server
     from extsnap.snapshot.growth import Growth
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _BURST = 64
 _PAUSED_MS = 200
 _PATIENCE = 10.0  # seconds
+_PARKED_MS = 20
+#: Seconds for which a write waits for room.  Growth that itself waits for that write would never come.
+_PARKED_SECONDS = 5.0
 
 
 @dataclass
@@ -98,6 +102,8 @@ class Growing:
             limits.append(int(self._next_late * 1000) + 1)
         if self._holders:
             limits.append(50)
+        if self._server.files is not None and self._server.files.are_parked:
+            limits.append(_PARKED_MS)
         if growth.is_paused:
             limits.append(_PAUSED_MS)
         return min(limits, default=None)
@@ -126,6 +132,9 @@ class Growing:
         files, growth, grower = self._server.files, self._growth, self._grower
         if files is None or growth is None or grower is None:
             self._told_mounted = False
+            if files is not None and files.are_parked:
+                files.hope = None
+                files.try_parked()
             return
         if not self._watching:
             self._watching = self._tell(self._where(growth))
@@ -134,17 +143,30 @@ class Growing:
             growth.limited = grower.limited
             growth.look_again()
         files.lag = growth.lag if growth.mounted else None
+        growth.hope = growth.mounted
+        files.hope = lambda: growth.hope
+        stepped = growth.at_work
         try:
-            request = growth.step() if growth.at_work else growth.due()
+            request = growth.step() if stepped else growth.due()
         except (ExtsnapError, OSError) as error:
             self._server.log(f"the store did not grow: {error}")
             request = None
         if request is not None and not self._tell(request):
             growth.forget()
+        if files.are_parked:
+            self._try_parked(files, growth, stepped)
         # After what was asked: between two growths nobody is let off.
         self._next_late = files.acknowledge_late(lambda: growth.at_work or growth.is_waited_for())
         if self._holders:
             self._answer_holders(growth)
+
+    def _try_parked(self, files: FuseFiles, growth: Growth, stepped: bool) -> None:
+        """Requests that found no room are tried again whenever there is more, and once more when no more will come."""
+        waited = time.monotonic() - files.parked_since
+        growth.hope = (stepped or growth.is_coming) and waited < _PARKED_SECONDS
+        if stepped or not growth.hope:
+            files.try_parked()
+        growth.hope = growth.mounted
 
     def _tell(self, request: dict[str, Any]) -> bool:
         return self._grower is not None and self._grower.send(request)

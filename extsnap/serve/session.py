@@ -141,7 +141,7 @@ def open_session(image: str, *, writable: bool, partition: int | None = None, un
             return Session(image, client=None, volume=volume)
         volume.close()
         if not attempts:
-            raise _unrecoverable(place.name)
+            raise _GaveUp(place.name)
         try:
             _recover(place)
         except (NeedsRecovery, VolumeFull) as error:
@@ -192,14 +192,19 @@ def _refuse_served(place: Place) -> None:
         )
 
 
-_GAVE_UP = "e2fsck -p could not recover the filesystem"
+class _GaveUp(NeedsRecovery):
+    """Stock e2fsck -p wants decisions.
 
+    Attributes:
+        reason: Why, in its own words; may be empty.
+    """
 
-def _unrecoverable(name: str, detail: str = "") -> NeedsRecovery:
-    return NeedsRecovery(
-        f"{name}: {_GAVE_UP}" + (f": {detail}" if detail else ""),
-        hint=f"run extsnap run {name} -- e2fsck -fy {{}}, or extsnap restore --no-safety {name} SNAPSHOT",
-    )
+    def __init__(self, name: str, reason: str = "") -> None:
+        super().__init__(
+            f"{name}: e2fsck -p could not recover the filesystem" + (f": {reason}" if reason else ""),
+            hint=f"run extsnap run {name} -- e2fsck -fy {{}}, or extsnap restore --no-safety {name} SNAPSHOT",
+        )
+        self.reason = reason
 
 
 def _reason(done: subprocess.CompletedProcess[str], directory: str) -> str:
@@ -219,7 +224,7 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """
     _preen(name, directory)
     if not keeper.call("server.recovered").get("clean"):
-        raise _unrecoverable(name)
+        raise _GaveUp(name)
 
 
 def _preen(name: str, directory: str) -> None:
@@ -230,7 +235,7 @@ def _preen(name: str, directory: str) -> None:
     """
     done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
     if not 0 <= done.returncode <= moment.REPAIRED_MAX:
-        raise _unrecoverable(name, _reason(done, directory))
+        raise _GaveUp(name, _reason(done, directory))
 
 
 def _recover(place: Place, *, always: bool = False) -> None:
@@ -239,7 +244,7 @@ def _recover(place: Place, *, always: bool = False) -> None:
     Args:
         always: Have e2fsck look at one that needs no recovery, too.
     """
-    server = _private(place, lazy=True)
+    server = _private(place, lazy=True, repair=always)
     try:
         if server.hello["needs_replay"]:
             _replay(place.name, server.keeper, server.directory)
@@ -274,9 +279,11 @@ def let_go_of_orphans(image: str, partition: int | None, snapshot: str) -> None:
                 _preen(place.name, str(hello["directory"]))
     except (ExtsnapError, OSError) as error:
         reason = error.message if isinstance(error, ExtsnapError) else str(error)
+        if isinstance(error, _GaveUp) and error.reason:
+            reason = error.reason
         raise NeedsRecovery(
             f"{place.name} is restored, but e2fsck -p gave up on what the moment of {snapshot} left to be done: "
-            f"{reason.partition(_GAVE_UP + ': ')[2] or reason}",
+            f"{reason}",
             hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
         ) from error
 

@@ -157,7 +157,7 @@ def grow(volume: Volume, blocks: int, *avoid: ByteWindows) -> int:
         # Mapping blocks come out of the same free space: keep some of it for them.
         # Holes of the store are filled first, so that its length is never more than its blocks.
         largest = fs.largest_file // geometry.cluster_blocks * geometry.cluster_blocks
-        limit = largest - int(store.root.extents[:, 2].sum())
+        limit = largest - store.root.owned
         ask = min(step, blocks - added, free - free // 64 - 8 * geometry.cluster_blocks, limit)
         if ask < 1:
             break

@@ -51,7 +51,8 @@ from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
 from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.parts import BYTES_A_RECORD, Lost, Parts, Writer, table_bytes
-from extsnap.snapshot.store import Store
+from extsnap.snapshot.store import NO_BLOCKS, Store
+from extsnap.snapshot.vital import Vital
 from extsnap.sparsebits import SparseBits
 
 HOLD_BYTES = 32 << 20
@@ -77,6 +78,7 @@ class Engine:
 
     Attributes:
         spared: Blocks of the store that writes leave alone, so that its own next edit (growth) has room.
+        vital: What the last of the room is kept for, if anything.
         lost: What of the records could not be read, both copies being damaged; "": nothing.  Then no view can be read.
         lost_parts: Parts of the index that could not be read: some views cannot be read in some places.
     """
@@ -109,6 +111,7 @@ class Engine:
         self._overwrites_due = False
         self.recovered_batch: Level | None = None
         self.spared = 0
+        self.vital: Vital | None = None
         self.lost = ""
         self.lost_parts = Lost()
         self.set_snapshots(snapshots)
@@ -449,6 +452,10 @@ class Engine:
         spare = max(0, self.store.available - self.reserve() - self.spared)
         return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost
 
+    def room_for_data(self) -> int:
+        """The same for writes of data, which leave what metadata may need."""
+        return self.room() - (self.vital.kept(self.need, self.store.root.owned) if self.vital is not None else 0)
+
     @property
     def left(self) -> int:
         """Free blocks of the store that no held write has a claim on."""
@@ -486,15 +493,23 @@ class Engine:
             cost: As many at most.
             needed: Positions that may have to be copied, asked for if they have to be looked at.
         """
-        if cost <= self.room():
+        kept, vital = 0, self.vital
+        if vital is not None and cost > self.room() - vital.most:
+            pieces = iter(needed)
+            first = next(pieces, NO_BLOCKS)
+            needed = itertools.chain([first], pieces)
+            if not vital.names(first):
+                kept = vital.kept(self.need, self.store.root.owned)
+        if cost <= self.room() - kept:
             return
         self.commit()
-        if cost <= self.room():
+        if cost <= self.room() - kept:
             return
-        exact = self.copies_for(needed)
-        if exact > max(0, self.room()):
+        exact, room = self.copies_for(needed), max(0, self.room() - kept)
+        if exact > room:
             raise VolumeFull(
-                f"{exact} blocks must be copied for the snapshots and the store has room for {max(0, self.room())}",
+                f"{exact} blocks must be copied for the snapshots and the store has room for {room}"
+                + (f", besides {kept} for the filesystem's metadata" if kept else ""),
                 hint="delete a snapshot or free space in the volume",
             )
 

@@ -58,7 +58,7 @@ def growth(volume: Volume) -> tuple[int, int]:
     """(blocks that the store can still grow by at rest, those that the largest file of the filesystem leaves it)."""
     fs = volume.filesystem()
     half = max(0, fs.free_blocks - fs.geometry.reserved_blocks) // 2
-    largest = max(0, fs.largest_file - int(volume.require_store().root.extents[:, 2].sum()))
+    largest = max(0, fs.largest_file - volume.require_store().root.owned)
     return min(half, largest), largest
 
 
@@ -66,8 +66,8 @@ def fill(volume: Volume, to_preserve: int) -> Fill:
     """How full the store of a volume with snapshots is."""
     engine, store = volume.require_engine(), volume.require_store()
     more = 0 if volume.serving else growth(volume)[0]
-    owned = int(store.root.extents[:, 2].sum())
-    return Fill(max(0, engine.room()) + more, owned - engine.left, to_preserve)
+    owned = store.root.owned
+    return Fill(max(0, engine.room_for_data()) + more, owned - engine.left, to_preserve)
 
 
 def warning(volume: Volume, found: Fill) -> str:
@@ -104,7 +104,7 @@ def make_room(volume: Volume, refusal: VolumeFull, needed: Iterable[Ints] = (), 
     ranks = np.zeros(64 * engine.masks.words, np.int64)
     ranks[[entry.bit for entry in engine.snapshots]] = kept
     ranks[[entry.bit for entry in going]] = np.arange(1, kept)
-    room = max(0, engine.room()) + engine.copies_in(engine.copies_by_rank(ranks, kept))
+    room = max(0, engine.room_for_data()) + engine.copies_in(engine.copies_by_rank(ranks, kept))
     enough = np.flatnonzero((engine.costs_by_rank(needed, ranks, kept) + blocks <= room)[1:])
     if not len(enough):
         raise refusal

@@ -39,6 +39,7 @@ from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot.engine import HOLD_BYTES
 from extsnap.snapshot.store import NO_BLOCKS, Extents
+from extsnap.snapshot.vital import metadata_runs
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -155,17 +156,19 @@ class Growth:
         unsettled: Whether the filesystem's home blocks may not say yet what the kernel knows of the store.
         kernel_edits: Whether the kernel was asked to change the store's file since the volume is served.
         cookie: That of the growth that is under way.
+        hope: Whether a write that finds no room is tried again by whoever serves it: until then no snapshot is dropped
+            for it.
     """
 
     def __init__(self, volume: Volume) -> None:
         self._volume = volume
         fs = volume.filesystem()
         self.reserve = Reserve.of(fs, volume.size)
-        self._metadata = _metadata(fs)
+        self._metadata = metadata_runs(fs)
         self.mounted = False
         self.limited = True
         self.held_back = False
-        self.unsettled = self.kernel_edits = False
+        self.unsettled = self.kernel_edits = self.hope = False
         self.cookie: Cookie | None = None
         self._asked: str | None = None
         self._grant: _Grant | None = None
@@ -183,6 +186,11 @@ class Growth:
     def under_way(self) -> bool:
         """Whether an answer is awaited or still being made true."""
         return self._asked is not None or self._grant is not None
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether there may be more room soon."""
+        return self.under_way or (self.held_back and self.mounted)
 
     @property
     def at_work(self) -> bool:
@@ -385,7 +393,8 @@ class Growth:
 
     def forget(self) -> None:
         """Whoever was asked is gone: there will be no answer."""
-        self._asked, self._grant, self.cookie, self.mounted = None, None, None, False
+        self._asked, self._grant, self.cookie = None, None, None
+        self.mounted = self.hope = False
 
     def _pause(self) -> None:
         """Ask for nothing for a while, or until a good part of the room that there is now is gone."""
@@ -436,8 +445,7 @@ class Growth:
     def is_waited_for(self) -> bool:
         """Whether writes are slowed down: the reserve is touched, and growth is under way or waits for a freeze."""
         engine = self._volume.engine
-        coming = self.under_way or (self.held_back and self.mounted)
-        return engine is not None and coming and engine.room() < self.reserve.in_flight
+        return engine is not None and self.is_coming and engine.room() < self.reserve.in_flight
 
     def lag(self) -> float:
         """Seconds by which the acknowledgement of the write that was just made is late.
@@ -451,7 +459,7 @@ class Growth:
         copies, self._left_seen = self._left_seen - engine.left, engine.left
         if copies <= 0 or not self.is_waited_for():
             return 0.0
-        room = engine.room()
+        room = engine.room_for_data()
         # The rate falls with the square of what is left: that never comes to an end.
         return min(LAG_MOST, copies * LAG_SECONDS * self.reserve.in_flight / max(1, room) ** 2)
 
@@ -496,15 +504,6 @@ def _between(runs: Ints) -> Ints:
 def _longest(runs: Ints, most: int) -> Ints:
     """The longest of sorted runs, at most so many; sorted."""
     return runs[np.sort(np.argsort(-runs[:, 1], kind="stable")[:most])]
-
-
-def _metadata(fs: Filesystem) -> Ints:
-    """Runs (start, length) of the filesystem's own blocks, sorted: what the kernel never gives to a file."""
-    runs = fs.groups.metadata_runs(np.ones(fs.geometry.groups, np.bool_))
-    parts = [np.array([[0, fs.geometry.first_data_block + 1]], np.int64), runs]
-    if fs.journal is not None:
-        parts += [fs.journal.data_runs, np.array([[fs.journal.superblock_block, 1]], np.int64)]
-    return np.concatenate(parts)
 
 
 def _overlap(first: Ints, second: Ints) -> bool:

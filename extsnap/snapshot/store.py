@@ -136,6 +136,11 @@ class Root:
     log_batches: int = 0
     incompat: int = 0
 
+    @property
+    def owned(self) -> int:
+        """Blocks of ``extents``."""
+        return int(self.extents[:, 2].sum())
+
     def allocation_runs(self) -> Ints:
         """Runs (start, length) of every block of extsnap: what the snapshot allocation bitmap holds."""
         mapping = np.stack([self.mapping, np.ones_like(self.mapping)], axis=1)

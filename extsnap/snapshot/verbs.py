@@ -315,7 +315,7 @@ def info(volume: Volume) -> dict[str, Any]:
     filled = _fill(volume)
     root = volume.store.root if volume.store is not None else None
     if volume.store is not None and volume.engine is not None:
-        total = int(volume.store.root.extents[:, 2].sum()) + len(volume.store.root.mapping)
+        total = volume.store.root.owned + len(volume.store.root.mapping)
         copies = sum(int(level.length[level.copy >= 0].sum()) for level in volume.engine.index.levels)
         free = volume.store.available
         size = volume.block_size

@@ -72,6 +72,7 @@ from extsnap.snapshot.moment import (
 from extsnap.snapshot.settings import note_dropped
 from extsnap.snapshot.store import Extents, Root, Store
 from extsnap.snapshot.view import View, ViewFile
+from extsnap.snapshot.vital import Vital
 from extsnap.snapshot.warden import Warden
 from extsnap.sparsebits import SparseBits
 
@@ -178,6 +179,7 @@ class Volume:
         self.mended: list[str] = []
         self.outside_write = False
         self._warden: Warden | None = None
+        self._vital: Vital | None = None
         self.growth: Growth | None = None
         self._lost = False  # a failed reload: without the engine nothing would be copied
         self._deferred: Deferred | None = None  # a repair: whole or not at all
@@ -349,6 +351,7 @@ class Volume:
         if self.engine.lost_parts and self.writable and self.medium.state.mark:
             raise StoreDamaged(self.engine.lost_parts.texts[0])  # what was interrupted cannot be finished
         self.engine.pin()
+        self.engine.vital = self._vital
         if self.writable:
             self.engine.rebuild_need()
         self._copied_before = store.available
@@ -653,17 +656,30 @@ class Volume:
                 self.reveal()
 
     def _watch(self) -> None:
-        """While writes come from above and there are snapshots, a warden judges them; a replay is exempt."""
+        """While writes come from above and there are snapshots, a warden judges them, and room is kept for metadata.
+
+        A replay is exempt from both.
+        """
         if self.growth is None and self.serving and not self.needs_replay and self.engine is not None:
             self.growth = Growth(self)
         watched = self.serving and not self.needs_replay and self.engine is not None and bool(self.engine.snapshots)
         self._look_at = ALWAYS if watched else NEVER
         if not watched:
-            self._warden = None
-        elif self._warden is None:
-            self._warden = Warden(self)
+            self._warden = self._vital = None
         else:
-            self._warden.locate()
+            if self._warden is None:
+                self._warden = Warden(self)
+            else:
+                self._warden.locate()
+            engine = self.require_engine()
+            if self._vital is None and engine.spared:
+                with contextlib.suppress(ExtsnapError):  # a filesystem that a repair is about to mend
+                    fs = self.filesystem(lenient=True)
+                    self._vital = Vital(fs, engine.rows, engine.row_bytes, engine.shift)
+            if self._vital is not None:
+                self._vital.count_again(engine.rows)
+        if self.engine is not None:
+            self.engine.vital = self._vital
 
     def own(self, extents: Extents, fresh: Ints) -> None:
         """The filesystem has given ``fresh`` blocks to the store, which has ``extents`` now; durable on return.
@@ -916,6 +932,8 @@ class Volume:
                 engine.flush()
                 bits = self.preserved_now(consistency)
                 tables = self.snapshot_blocks(bits) + MINIMUM_ROOM
+                if self.in_use:  # whoever has it mounted would lose all of it with the first write of metadata
+                    tables += engine.blocks_for(self._vital_with(bits))
                 wanted = engine.reserve() + tables
                 if store.available >= wanted:
                     return bits
@@ -929,9 +947,17 @@ class Volume:
             )
             make_room(self, refusal, blocks=tables)
 
+    def _vital_with(self, bits: SparseBits) -> int:
+        """Copies to keep for metadata once a snapshot is taken that preserves ``bits``."""
+        engine = self.require_engine()
+        vital = self._vital or Vital(self.filesystem(lenient=True), engine.rows, engine.row_bytes, engine.shift)
+        need = engine.need.copy()
+        need |= bits
+        return vital.count(need, self.require_store().root.owned)
+
     def store_limit(self) -> int:
         """Bytes that the store can have on this filesystem, where it has got so far; else 0."""
-        fs, owned = self.filesystem(), int(self.require_store().root.extents[:, 2].sum())
+        fs, owned = self.filesystem(), self.require_store().root.owned
         return fs.largest_file * self.block_size if owned + fs.geometry.cluster_blocks > fs.largest_file else 0
 
     def stage_snapshot(
@@ -982,6 +1008,8 @@ class Volume:
         snapshots, bits = self._staged
         engine.set_snapshots(snapshots)
         engine.need |= bits
+        if engine.vital is not None:
+            engine.vital.count_again(engine.rows)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Store]:
@@ -1150,6 +1178,8 @@ class Volume:
     def _write(self, offset: int, data: Buffer) -> None:
         if self._warden is not None:
             self._warden.examine(offset, data)
+        if self._vital is not None:
+            self._vital.examine(offset, data)
         while True:
             try:
                 self.base.pwrite(offset, data)
@@ -1172,6 +1202,8 @@ class Volume:
 
     def _drop_for(self, refusal: VolumeFull, offset: int, length: int) -> None:
         """Make room for a write by deleting snapshots, if that is wanted; raises as `full.make_room`."""
+        if self.growth is not None and self.growth.hope:
+            raise refusal
         make_room(self, refusal, self.require_engine().needed_by(offset, length))
 
     def _look_at_watermarks(self) -> None:
@@ -1229,6 +1261,8 @@ class Volume:
         self.size = self.medium.size
         if self.engine is not None:
             self.engine.resize(self.size)
+            if self._vital is not None:
+                self._vital.count_again(self.engine.rows)
 
     def begin_serving(
         self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False
@@ -1262,11 +1296,12 @@ class Volume:
         self.serving = True
         self._warned.clear()
         if self.engine is not None:
-            self.engine.spared = MINIMUM_ROOM if grow and not self.needs_replay else 0  # a replay may need it all
+            # Neither that nor room for metadata is kept where a replay may need it all.
+            self.engine.spared = MINIMUM_ROOM if grow and not self.needs_replay else 0
             self._copied_before = self.require_store().available
             if self.engine.snapshots:
                 self._open_header()
-                if self.needs_replay or (repair and fs.has_errors):
+                if self.needs_replay or (repair and (undone or fs.has_errors)):
                     self._deferred = Deferred(self.engine, self.block_size)
                     # A replay may bring superblocks with guard and pointer, which a kernel had mounted.
                     self._repair = Medium(self._deferred)

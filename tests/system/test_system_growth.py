@@ -127,6 +127,12 @@ def adopted(cli: Cli, image: Path) -> int:
     )
 
 
+def overwrite(descriptor: int, length: int, piece: bytes) -> None:
+    """Overwrite so many bytes of a file, from its beginning, with the same piece again and again."""
+    for offset in range(0, length, len(piece)):
+        os.pwrite(descriptor, piece, offset)
+
+
 @contextlib.contextmanager
 def little_memory(limit: int) -> Iterator[list[str]]:
     """The beginning of a command that runs in a cgroup of its own with so much memory; empty where there is none."""
@@ -221,7 +227,7 @@ def test_freed_blocks_that_a_snapshot_needs_are_adopted(kind: str, run_cli: Cli)
             before = store_bytes(run_cli, image)
             with (mount / "big").open("r+b", buffering=0) as file:
                 for piece in range(2):
-                    file.write(content(600 + piece, 1))
+                    file.write(content(600 + piece, 1)[: 3 * MIB // 4])
                     os.fsync(file.fileno())
             until(lambda: store_bytes(run_cli, image) > before, "growth")
         assert adopted(run_cli, image) > 20, "nothing was adopted: this test shows nothing"
@@ -231,6 +237,43 @@ def test_freed_blocks_that_a_snapshot_needs_are_adopted(kind: str, run_cli: Cli)
         with oracle.mounted(image) as directory:
             for number, name in enumerate(names):
                 assert number % 4 in (0, 1) or (directory / name).read_bytes() == files[name]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "ext2", *(["ext3"] if LONG else [])])
+def test_metadata_has_room_where_data_has_none_left(kind: str, run_cli: Cli) -> None:
+    """Nothing more can be had: data is refused, and the filesystem stays writable and whole.
+
+    Without a journal only inodes and bitmaps are known for what they are.
+    """
+    journaled = kind != "ext2"
+    names = [f"d{number % 40:02}-{number:04}" for number in range(3000)]
+    renamed = set(names[::7]) if journaled else set()
+    with arena() as top:
+        files = {"big": content(20, 36), **dict.fromkeys(names, b"x")}
+        options = ("-b", "4096", "-m", "0", "-N", "4096", *(("-J", "size=4") if journaled else ()))
+        image = make_volume(top / "disk.img", kind, 64, *options, files=files)
+        with snapshot_and_mount(run_cli, image, top) as (mount, copy):
+            descriptor = os.open(mount / "big", os.O_RDWR | os.O_DSYNC)
+            try:
+                for size in (MIB, 4096):
+                    with pytest.raises(OSError, match="No space left"):
+                        overwrite(descriptor, 36 * MIB, content(21, 1)[:size])
+                for name in names:
+                    (mount / name).chmod(0o600)
+                for name in renamed:
+                    (mount / name).rename(mount / f"{name}-renamed")
+                # The first one may tell of the data once more.
+                synced = [subprocess.run(["sync", "-f", mount], check=False).returncode for _ in range(2)]
+                if journaled:
+                    grower._empty_journal(descriptor)
+            finally:
+                os.close(descriptor)
+            assert synced[1] == 0
+        with oracle.mounted(image) as directory:
+            for name in names:
+                path = directory / (f"{name}-renamed" if name in renamed else name)
+                assert path.stat().st_mode & 0o777 == 0o600
+        judge(run_cli, image, copy, top)
 
 
 KILLED = [("ext4", ""), ("ext3", "journal_data"), ("ext3", ""), ("ext2", ""), ("ext4", "journal_data")]

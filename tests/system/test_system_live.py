@@ -237,6 +237,25 @@ def test_what_a_snapshot_of_a_mounted_volume_is_restored_to(kind: str, options: 
         sh("mount", "-o", "loop", directory / "volume", point)
 
 
+def test_a_mounted_ext2_without_a_fault_is_restored_at_rest(run_cli: Cli) -> None:
+    """It was not unmounted, which is all that e2fsck finds: that is put right without a question."""
+    with served(run_cli, "ext2", mebibytes=24, size=2) as (image, directory, point):
+        (point / "file").write_bytes(b"then")
+        sh("sync", "--file-system", point)
+        run_cli("create", "--no-freeze", image, "crash")
+        (point / "file").write_bytes(b"now")
+        sh("umount", point)
+        wait_for_loops(directory)
+        run_cli("detach", image)
+        run_cli("restore", "--no-safety", image, "crash")
+        oracle.assert_clean(image)
+        assert oracle.superblock_facts(image)["Filesystem state"] == "clean"
+        with oracle.mounted(image) as then:
+            assert (then / "file").read_bytes() == b"then"
+        run_cli("attach", image, directory)
+        sh("mount", "-o", "loop", directory / "volume", point)
+
+
 def restored(cli: Cli, image: Path, name: str, by_hand: set[str]) -> None:
     """Restore a snapshot, and do what the message says where e2fsck has to ask."""
     done = cli("restore", "--no-safety", image, name, status=1 if name in by_hand else 0)

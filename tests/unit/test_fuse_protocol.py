@@ -124,6 +124,19 @@ class Kernel:
         assert code == 0, os.strerror(code)
         return payload
 
+    def answers(self) -> list[tuple[int, int]]:
+        """(unique, errno) of the answers that are there."""
+        found = []
+        self.ours.setblocking(False)
+        try:
+            while True:
+                _, error, unique = fuse.OUT_HEADER.unpack_from(self.ours.recv(1 << 18))
+                found.append((unique, -error))
+        except BlockingIOError:
+            return found
+        finally:
+            self.ours.settimeout(5)
+
     def silent(self) -> bool:
         self.ours.setblocking(False)
         try:
@@ -218,15 +231,7 @@ def test_acknowledgements_that_are_late(kernel: Kernel, monkeypatch: pytest.Monk
     assert kernel.volume.data[:65536] == b"x" * 65536, "it is done, only its acknowledgement is late"
 
     def told() -> list[str]:
-        names = []
-        kernel.ours.setblocking(False)
-        try:
-            while True:
-                names.append(unique[fuse.OUT_HEADER.unpack_from(kernel.ours.recv(1 << 10))[2]])
-        except BlockingIOError:
-            return names
-        finally:
-            kernel.ours.settimeout(5)
+        return [unique[number] for number, _ in kernel.answers()]
 
     assert files.acknowledge_late(lambda: True) == pytest.approx(0.05)
     assert told() == []
@@ -238,6 +243,46 @@ def test_acknowledgements_that_are_late(kernel: Kernel, monkeypatch: pytest.Monk
     assert told() == ["first"]
     assert files.acknowledge_late(lambda: False) is None
     assert told() == ["second", "third"]
+
+
+def test_requests_that_find_no_room_wait_while_more_may_come(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, whole, and not for ever; what needs no room does not wait for them."""
+    volume, files, hope, room = kernel.volume, kernel.files, [True], [0]
+    write, punch = volume.write, volume.punch
+
+    def spend(size: int) -> None:
+        if size > room[0]:
+            raise VolumeFull("no room")
+        room[0] -= size
+
+    monkeypatch.setattr(volume, "write", lambda offset, data: (spend(len(data)), write(offset, data)))
+    monkeypatch.setattr(volume, "punch", lambda offset, length: (spend(length), punch(offset, length)))
+    files.hope = lambda: hope[0]
+    node, _ = kernel.lookup(fuse.ROOT_NODE, "volume")
+    assert kernel.open(node, os.O_RDWR)[0] == 0
+    volume.data[:] = b"o" * SIZE
+    asked = []
+    for offset, letter in ((0, b"a"), (8192, b"b")):
+        body = fuse.IO_IN.pack(0, offset, 8192, 0, 0, 0, 0) + letter * 8192
+        kernel.raw(kernel.packet(fuse.WRITE, node, body))
+        asked.append(kernel.unique)
+    kernel.raw(kernel.packet(fuse.FALLOCATE, node, fuse.FALLOCATE_IN.pack(0, 16384, 4096, 3, 0)))
+    asked.append(kernel.unique)
+    assert files.are_parked
+    assert kernel.read(node, 0, 4) == (0, b"oooo")
+    assert kernel.good(fuse.FSYNC, node, struct.pack("=QII", 0, 0, 0)) == b""
+    files.try_parked()
+    assert kernel.answers() == []
+    room[0] = 12288
+    files.try_parked()
+    assert kernel.answers() == [(asked[0], 0)], "the second one waits, and the third one behind it"
+    assert volume.data[:24576] == b"a" * 8192 + b"o" * 16384
+    hope[0] = False
+    files.try_parked()
+    assert kernel.answers() == [(asked[1], errno.ENOSPC), (asked[2], 0)]
+    assert volume.data[:24576] == b"a" * 8192 + b"o" * 8192 + bytes(4096) + b"o" * 4096
+    assert not files.are_parked
+    assert kernel.write(node, 0, b"x" * 4096) == (errno.ENOSPC, 0), "without hope nothing waits"
 
 
 def test_the_kernel_keeps_attributes_only_of_what_it_writes_late(volume: Volume) -> None:
