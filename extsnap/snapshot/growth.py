@@ -243,6 +243,10 @@ class Growth:
         copies = engine.blocks_for(max(room, self._ahead))
         return engine.reserve() + engine.spared + copies + self._wanted - store.available
 
+    def settled(self) -> None:
+        """Everything that the kernel knows is at home, as in a filesystem that is frozen."""
+        self.unsettled = self.under_way
+
     def shrink(self) -> None:
         """Give back what is not worth keeping, as soon as that can be: something was deleted."""
         self._shrink = True

@@ -818,6 +818,8 @@ class Volume:
             require_clean(fs, self.name)
         elif quiesced and is_at_rest(fs):
             consistency = fmt.Consistency.FROZEN
+            if self.growth is not None:
+                self.growth.settled()
         else:
             consistency = fmt.Consistency.CRASH
         before = self.store.root.extents if self.store is not None else None

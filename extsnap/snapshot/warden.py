@@ -13,8 +13,9 @@ the filesystem knows the store are watched:
 A write that leaves these bytes as they are passes: filesystems write inodes by the block, neighbours included.
 Any other is tried on an overlay first, and passes if the store has all of its data blocks and its one name there.
 The kernel may have given it more (`growth`).  What it changed of the map reaches these blocks some time later, in any
-order, so from a growth on until the map is whole again (`Growth.unsettled`) a map that is not whole passes too, if
-the file is as long as the store: the engine lets nobody write to the store's data meanwhile.
+order, and a node that it does without may be anything by then.  A map that is whole says nothing: it may be one of
+before.  So from a growth on until all is known to be at home (`Growth.unsettled`) a map that is not whole passes too,
+if the file is as long as the store: the engine lets nobody write to the store's data meanwhile.
 Flags, times and owners are nobody's business here, and the bitmaps are not watched: `Volume.end_serving` puts
 the store's bits back, and a write to a block that was given away in between hits the engine's own refusal.
 """
@@ -66,7 +67,6 @@ class Warden:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._tables: set[int] = set()
-        self._whole = True  # whether the map was, in the write judged last
         self._inodes: list[int] = []
         self._moved = False
         self._nodes: set[int] = set()
@@ -153,9 +153,6 @@ class Warden:
             return  # inode tables that move (a growing resize2fs): descriptors and superblock need not agree yet
         try:
             wrong = self._wrong_with(overlay, changed)
-            growth = volume.growth
-            if not wrong and growth is not None and not growth.under_way:
-                growth.unsettled = not self._whole
         except ExtsnapError as error:
             wrong = error.message
         if wrong:
@@ -184,20 +181,20 @@ class Warden:
             return np.frombuffer(raw, np.uint8).reshape(len(blocks), size)
 
         end = overlay.size // size
-        self._whole = False
+        whole = False
         try:
             if store.i_flags & InodeFlags.EXTENTS:
                 data = parse_extents(store.i_block, read, end, None).data
             else:
                 data = parse_indirect(store.i_block, read, end, size).data
-            self._whole = graft.has_all(data, root.extents)
+            whole = graft.has_all(data, root.extents)
         except FormatError:
             if not self._unsettled:
                 raise
         # The inode that is at home may be one of before; one that comes now is not.
         comes = any(self._inodes[0] <= at < self._inodes[0] + BASE_SIZE for at in changed)
         cut = comes and store.i_size_lo | store.i_size_high << 32 < root.size_blocks * size
-        if not self._whole and (cut or not self._unsettled):
+        if not whole and (cut or not self._unsettled):
             return "its blocks are others"
         entries = parse_block(overlay.pread(root.directory_block * size, size), has_tail=False)
         if (root.store_inode, graft.FILE_NAME) not in {(entry.inode, entry.name) for entry in entries}:

@@ -199,6 +199,26 @@ def test_a_node_that_became_data_waits_until_it_is_no_node_any_more(tmp_path: Pa
         assert not overlap(np.concatenate([volume.store.root.extents[:, 1:], [[node, 1]]]))
 
 
+def test_a_map_of_before_says_nothing_about_the_nodes(tmp_path: Path) -> None:
+    """The kernel's edits come home in any order: until a freeze a former node may be anything, whatever came first."""
+    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE})
+    with extsnap.open(image) as volume:
+        volume.create("one")
+        volume.begin_serving()
+        growth = ask(volume)
+        node = int(volume.store.root.mapping[0]) * 1024
+        old = volume.read(node, 1024)
+        growth.take({"do": "grow", "error": "", "extents": []})
+        links = volume.filesystem().inode_offset(volume.store.root.store_inode) + 0x1A
+        volume.write(links, b"\2\0")  # the kernel's map of before, whole
+        volume.write(node, b"\xff" * 1024)
+        volume.write(node, old)
+        volume.write(links, b"\1\0")
+        growth.settled()
+        with pytest.raises(StoreProtected, match="would take the store"):
+            volume.write(node, b"\xff" * 1024)
+
+
 def test_without_a_limit_of_dirty_pages_all_is_to_have_room(served) -> None:
     volume, _, _ = served
     growth, engine = ask(volume), volume.engine
