@@ -351,7 +351,7 @@ def test_a_journal_is_emptied(way: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_first_snapshot_of_a_mounted_volume(kind: str, run_cli: Cli) -> None:
     """`mount` gives a volume its store, before the kernel has it; then a snapshot can be taken, and the store grows."""
     with arena() as top:
-        image = make_volume(top / "disk.img", kind, 80, "-b", "4096", "-m", "0", files={"big": content(15, 24)})
+        image = make_volume(top / "disk.img", kind, 112, "-b", "4096", "-m", "0", files={"big": content(15, 24)})
         mount = top / "mount"
         mount.mkdir()
         run_cli("mount", image, mount)
