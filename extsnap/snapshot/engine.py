@@ -24,6 +24,7 @@ Everything runs in one thread, so "suspending writes" is: another method of this
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
