@@ -227,9 +227,13 @@ def _runs(extents: Extents, *blocks: Ints | int) -> Ints:
 
 def _free_of(fs: Filesystem, runs: Ints) -> Ints:
     """Those of the blocks in ``runs`` that the block bitmaps call free: int64[n], sorted."""
-    blocks = distinct(expand(runs[:, 0], runs[:, 1]))
-    blocks = blocks[blocks < fs.geometry.blocks_count]
-    return blocks[~fs.block_bitmaps().test(blocks - fs.geometry.first_data_block)]
+    used, first = fs.block_bitmaps(), fs.geometry.first_data_block
+    inside = runs[runs[:, 0] < fs.geometry.blocks_count]
+    length = np.minimum(inside[:, 1], fs.geometry.blocks_count - inside[:, 0])
+    free = SparseBits.of(np.stack([inside[:, 0] - first, length], axis=1), used.rows, used.row_bytes)
+    free -= used
+    found = free.runs()
+    return expand(found[:, 0] + first, found[:, 1])
 
 
 def reassert(fs: Filesystem, root: Root, now: int) -> Ints:
