@@ -21,5 +21,5 @@ def interruptible(by_exception: bool) -> None:
 
 
 # What is imported stays: looking through it for garbage again and again takes a tenth of the time of `extsnap list`.
-gc.set_threshold(50_000, 20, 100)
+gc.set_threshold(200_000, 20, 100)
 interruptible(by_exception=False)  # until `app` is loaded

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from copy import copy
 from typing import Annotated
 
 import typer
@@ -77,11 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None is the process's own.
     """
     output.prepare()
-    command = get_command(app)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
         # The shell asks for completions: click answers and exits.
-        command.main(arguments, prog_name=PROGRAM)
+        get_command(app).main(arguments, prog_name=PROGRAM)
+    command = get_command(_with_one_command(arguments))
     debug = False
     try:
         # Not command.main(): it has its own idea of errors, interrupts and closed pipes.
@@ -106,6 +107,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         output.say("interrupted; the volume is consistent, and the same command can be given again")
         return INTERRUPTED
+
+
+def _with_one_command(arguments: Sequence[str]) -> typer.Typer:
+    """The program with no other command than the one that is asked for, if that is one.
+
+    To look through the options of all takes a tenth of the time of `extsnap list`.
+    """
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    found = [command for command in app.registered_commands if command.name == name]
+    part = copy(app)
+    part.registered_commands = found or app.registered_commands
+    return part
 
 
 def _finish(status: int) -> int:

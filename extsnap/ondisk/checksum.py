@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+
+from extsnap.ondisk.castagnoli import crc32c
 
 _ONES = 0xFFFFFFFF
 
 
 def crc32c_raw(seed: int, data: Any) -> int:
     """crc32c of ``data`` continued from ``seed``, without the inversions at both ends."""
-    return ~int(crc32c.crc32c(data, ~seed & _ONES)) & _ONES
+    return ~int(crc32c(data, ~seed & _ONES)) & _ONES
 
 
 def filesystem_seed(uuid: bytes) -> int:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import construct as c
-import crc32c as _crc32c
 import numpy as np
 import numpy.typing as npt
 
 from extsnap.errors import StoreDamaged, UnsupportedFeature
+from extsnap.ondisk.castagnoli import crc32c
 
 POINTER_OFFSET = 0x3E0
 POINTER_MAGIC = b"XSNP"
@@ -271,12 +271,12 @@ assert BATCH_HEADER == 64
 
 def crc(data: Any, value: int = 0) -> int:
     """The usual crc32c (Castagnoli, inverted in and out) of ``data``, continued from ``value``."""
-    return int(_crc32c.crc32c(data, value))
+    return int(crc32c(data, value))
 
 
 def crcs(blocks: Iterable[Any]) -> npt.NDArray[np.uint32]:
     """The same of each of several pieces: uint32[n]."""
-    return np.fromiter(map(_crc32c.crc32c, blocks), np.uint32)
+    return np.fromiter(map(crc32c, blocks), np.uint32)
 
 
 def build_pointer(slot_a: int, slot_b: int) -> bytes:

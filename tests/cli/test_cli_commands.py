@@ -18,6 +18,7 @@ from typing import Any
 import images
 import oracle
 import pytest
+import typer
 
 from extsnap import errors
 from extsnap.cli import app, options
@@ -665,12 +666,15 @@ def test_help_and_list_import_nothing_heavy() -> None:
 
 
 def test_list_imports_only_what_it_needs(tmp_path: Path) -> None:
-    """Nothing is converted by pydantic, which takes as long as numpy; NBD and check are other commands."""
+    """Nothing is converted by pydantic, which takes as long as numpy; NBD and check are other commands.
+
+    The metadata of packages is wanted by `--version` alone.
+    """
     image = oracle.copy_image(images.image("ext4-1k"), tmp_path / "disk.img")
     code = (
         "import sys; from extsnap.cli.app import main\n"
         "assert main(sys.argv[1:3]) == main(sys.argv[3:]) == 0\n"
-        "heavy = {'pydantic', 'extsnap.serve.nbd', 'extsnap.serve.checking', 'rich.progress'}\n"
+        "heavy = {'pydantic', 'extsnap.serve.nbd', 'extsnap.serve.checking', 'rich.progress', 'importlib.metadata'}\n"
         "print(*sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     words = ["create", image, "list", image]
@@ -680,6 +684,18 @@ def test_list_imports_only_what_it_needs(tmp_path: Path) -> None:
     wrong = process("list", image, "--partition", "one")
     assert wrong.returncode == 2
     assert "--partition" in wrong.stderr
+
+
+def test_options_of_other_commands_are_not_looked_at() -> None:
+    """Putting all commands together takes as long as typer's import; what is no command is told by all of them."""
+
+    def commands(*arguments: str) -> list[str]:
+        return list(typer.main.get_command(app._with_one_command(arguments)).commands)  # type: ignore[attr-defined]
+
+    every = [command.name for command in app.app.registered_commands]
+    assert len(every) > 15
+    assert commands("list", "disk.img") == commands("--debug", "list", "--help") == ["list"]
+    assert commands() == commands("--help") == commands("lst") == commands("--version") == every
 
 
 def test_help_is_quick() -> None:

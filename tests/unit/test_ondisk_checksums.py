@@ -15,13 +15,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import images
 import numpy as np
 import oracle
 import pytest
 
-from extsnap.ondisk import checksum
+from extsnap.ondisk import castagnoli, checksum
 from extsnap.ondisk.directory import dx_with_checksum, leaf_with_checksum
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -329,3 +330,13 @@ def test_group_checksums_of_a_table_are_those_of_its_rows(image):
         whole = checksum.group_checksums(table, np.arange(len(table)), **options)
         assert whole.tolist() == [one.stored for one in descriptors(volume)]
         assert checksum.group_checksums(table[3:], np.arange(3, len(table)), **options).tolist() == whole[3:].tolist()
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["compiled", "package"])
+def test_both_ways_to_crc32c(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 3720 B.4; in one piece or two."""
+    if not found:
+        monkeypatch.setattr(castagnoli, "PathFinder", SimpleNamespace(find_spec=lambda *_: None))
+    crc32c = castagnoli._find()
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(bytes(range(20, 32)), crc32c(bytes(range(20)))) == 0x46DD794E
