@@ -66,7 +66,7 @@ def check(
 def damage_line(image: str, result: dict[str, Any]) -> str:
     """Return the line that says what ``check`` found damaged, and the way out."""
     damaged = [f"snapshot {snapshot['name']}" for snapshot in result["snapshots"] if not snapshot["ok"]]
-    step = "delete the damaged snapshots, or export what is left of them first"
+    step = "delete the damaged snapshots, or first take what is left out of extsnap mount --snapshot NAME"
     if not result["store"]["ok"]:
         if not damaged:
             step = "export the snapshots that are good, then extsnap strip makes a plain volume of it"

@@ -501,8 +501,8 @@ class Volume:
             raise StoreDamaged(
                 f"{self.name}: {self.engine.lost_parts.texts[0]}: snapshots that cannot be read whole: "
                 f"{', '.join(map(ascii, damaged))}",
-                hint=f"export what is left of them, then extsnap delete {shlex.join([self.name, *damaged])} "
-                f"makes {'the others' if others else 'the volume'} whole again",
+                hint=f"take what is left out of extsnap mount --snapshot NAME, then "
+                f"extsnap delete {shlex.join([self.name, *damaged])} makes {'the others' if others else 'the volume'} whole again",
             )
         if self.engine is not None and self.engine.lost:
             raise StoreDamaged(
