@@ -497,12 +497,12 @@ class Volume:
         """
         if self.engine is not None and self.engine.lost_parts and not set(self.damaged_names()) <= set(going):
             damaged = self.damaged_names()
-            others = len(damaged) < len(self.engine.snapshots)
+            whole = "the others" if len(damaged) < len(self.engine.snapshots) else "the volume"
             raise StoreDamaged(
                 f"{self.name}: {self.engine.lost_parts.texts[0]}: snapshots that cannot be read whole: "
                 f"{', '.join(map(ascii, damaged))}",
-                hint=f"take what is left out of extsnap mount --snapshot NAME, then "
-                f"extsnap delete {shlex.join([self.name, *damaged])} makes {'the others' if others else 'the volume'} whole again",
+                hint="take what is left out of extsnap mount --snapshot NAME, then "
+                f"extsnap delete {shlex.join([self.name, *damaged])} makes {whole} whole again",
             )
         if self.engine is not None and self.engine.lost:
             raise StoreDamaged(
