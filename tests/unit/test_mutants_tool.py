@@ -61,8 +61,8 @@ def test_the_list_fits_the_source_and_the_document(mutants):
     assert mutants.table(found) in (mutants.CHECKOUT / "docs" / "TESTING.md").read_text(), "run tools/mutants --list"
 
 
-def test_three_thirds_are_all(mutants):
-    found = [mutants.third(list(range(10)), number) for number in (7, 8, 9)]
+def test_as_many_shares_are_all(mutants):
+    found = [mutants.share(list(range(10)), 3, number) for number in (7, 8, 9)]
     assert sorted(name for part in found for name in part) == list(range(10))
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
