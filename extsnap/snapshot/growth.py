@@ -207,7 +207,7 @@ class Growth:
 
         A writer may go on at full speed with the thaw, before any growth that begins with it.
         """
-        tables, copies = self._volume.snapshot_needs_live()
+        tables, copies = self._volume.needs_live()
         self._wanted, self._ahead = tables + edit.MINIMUM_ROOM, min(copies, self.reserve.in_flight)
         self.look_again()
 

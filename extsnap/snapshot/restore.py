@@ -30,7 +30,7 @@ from extsnap.ext.journal import SEQUENCES, later
 from extsnap.ext.orphans import waiting
 from extsnap.ext.owners import used_by_inodes
 from extsnap.ondisk.superblock import State
-from extsnap.snapshot import edit, graft, hidden
+from extsnap.snapshot import edit, graft, hidden, taking
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import Level
 from extsnap.snapshot.store import RestoreIntent
@@ -61,7 +61,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     engine, store = volume.require_engine(), volume.require_store()
     _reveal(volume, everything=not safety and volume.needs_replay)
     created = volume.now_ns()
-    entry = None
+    staged = None
     grown = 0
     try:
         avoid, offsets = _move_out(volume, target)
@@ -70,7 +70,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             changes, mapping, sequence = _target_metadata(volume, target, None, None)
             blocks = distinct(np.concatenate([_recorded_blocks(volume, target), np.array(sorted(changes), np.int64)]))
             copies = _copies_needed(volume, blocks, everything=safety)
-            needed = engine.blocks_for(copies) + (volume.snapshot_blocks() if safety else 0)
+            needed = engine.blocks_for(copies) + (taking.table_blocks(volume) if safety else 0)
             missing = needed + engine.reserve() + edit.MINIMUM_ROOM - store.available
             if missing <= 0:
                 break
@@ -89,7 +89,8 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             changes, mapping, sequence = _target_metadata(volume, target, None, None)
         volume.set_mark(True)
         if safety:
-            entry = volume.stage_snapshot(
+            staged = taking.stage(
+                volume,
                 _safety_name(volume, target, created),
                 f"before restoring {name}",
                 fmt.Kind.SAFETY,
@@ -98,13 +99,13 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             )
         # The superblocks of then and now: elsewhere a snapshot's file may have what looks like one.
         volume.retarget(sorted(set(store.root.superblocks) & set(offsets)))
-        store.root.restore = RestoreIntent(target.id, entry.id if entry else 0, sequence, mapping)
-        if safety:
-            volume.commit_snapshot()
+        store.root.restore = RestoreIntent(target.id, staged.entry.id if staged else 0, sequence, mapping)
+        if staged is not None:
+            taking.commit(volume, staged)
         else:
             store.commit()
     except Exception:
-        volume._back_to_rest()
+        volume.back_to_rest()
         # A barrier that failed may still have made the intent durable: then the next open restores.
         if grown and not volume.serving and volume.require_store().root.restore is None:
             edit.shrink(volume, grown)
@@ -114,7 +115,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     volume.needs_replay = False
     volume.settle()
     volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long
-    return entry
+    return staged.entry if staged is not None else None
 
 
 def has_work_left(volume: Volume, name: str) -> bool:
@@ -215,7 +216,7 @@ def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:
     engine = volume.require_engine()
     needed = engine.need.test(blocks + engine.shift)
     if everything:
-        needed |= volume.preserved_now().test(blocks + engine.shift)
+        needed |= taking.preserved_now(volume).test(blocks + engine.shift)
     return int(needed.sum())
 
 

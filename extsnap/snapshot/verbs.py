@@ -13,7 +13,7 @@ import numpy as np
 
 from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
-from extsnap.snapshot import checksums, edit, settings
+from extsnap.snapshot import checksums, edit, recovery, settings, taking
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.check import check_piece, check_store, note
 from extsnap.snapshot.full import Fill, fill, growth, warning
@@ -266,7 +266,7 @@ def strip(volume: Volume) -> dict[str, Any]:
     """Remove all snapshots, the store and the guard."""
     if volume.engine is not None and (volume.engine.lost or volume.engine.lost_parts):
         count = len(volume.snapshot_list())
-        volume.give_up_snapshots()
+        taking.give_up_all(volume)
         edit.remove(volume)
         return {"version": JSON_VERSION, "snapshots": count}
     volume.require_trusted()
@@ -283,7 +283,7 @@ def strip(volume: Volume) -> dict[str, Any]:
 
 def accept(volume: Volume) -> dict[str, Any]:
     """Go on after an outside write: the snapshots at risk are marked tainted."""
-    names = volume.accept_outside_write()
+    names = recovery.accept_outside_write(volume)
     return {"version": JSON_VERSION, "tainted": names, "notices": _warnings(volume)}
 
 

@@ -139,7 +139,7 @@ class Bench:
             self.base[offset : offset + length] = bytes(length)
 
     def create(self, preserved: Flags) -> bool:
-        """What `Volume.stage_snapshot` and `commit_snapshot` do, with a bitmap of the test's."""
+        """What `taking.stage` and `taking.commit` do, with a bitmap of the test's."""
         engine, store = self.engine, self.store
         engine.flush()
         runs = runs_of(np.flatnonzero(preserved)) + np.array([engine.shift, 0])

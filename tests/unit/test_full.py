@@ -12,7 +12,7 @@ import pytest
 from lab import BLOCK, MemoryDevice
 
 from extsnap.errors import ExtsnapError, VolumeFull
-from extsnap.snapshot import checksums, edit, settings
+from extsnap.snapshot import checksums, edit, settings, taking
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.full import Fill
 from extsnap.snapshot.volume import Volume
@@ -398,12 +398,12 @@ def test_a_first_create_that_is_refused_leaves_a_plain_volume(kind: str, monkeyp
     before = lab.survey(device.content)
     volume = opened(device)
 
-    def refuse(**_: object) -> None:
+    def refuse(volume: Volume, **_: object) -> None:
         assert volume.store is not None
         edit.grow(volume, 100)
         raise VolumeFull("there is no room")
 
-    monkeypatch.setattr(volume, "make_room_for_snapshot", refuse)
+    monkeypatch.setattr(taking, "make_room_for", refuse)
     with pytest.raises(VolumeFull, match="there is no room"):
         volume.create("one")
     after = lab.survey(device.content)

@@ -170,7 +170,7 @@ def test_the_state_survives_an_operation_that_failed(place: Place) -> None:
     place.volume.write(place.offset, b"\1" * BLOCK)
     place.volume.require_engine().commit()
     place.volume.punch(place.offset + place.length // 2, place.length // 2)
-    place.volume._back_to_rest()
+    place.volume.back_to_rest()
     assert place.base() == b"\1" * BLOCK + bytes(place.length - BLOCK)
     place.volume.flush()
     again = place.opened(bytes(place.device.pread(0, place.device.size)))
