@@ -154,6 +154,7 @@ class FuseFiles:
         refusal: What the last of these refusals said.
         lag: Called after a write: seconds by which its acknowledgement is late.  It is done all the same; whoever
             writes gets slower.  None: never.
+        only: Which processes may open ``volume`` or ``disk``, by their number; None: all.
         hope: Whether a write that finds no room is to wait for more, until `try_parked` finds it or hope is lost.
         failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
             of its file without asking for the result), or None.
@@ -222,6 +223,7 @@ class FuseFiles:
         self._mode = 0o600 if like is None else like.st_mode & 0o666
         # Writes and discards that found no room while more may come: (length, head, data), as they were received.
         self.hope: Callable[[], bool] | None = None
+        self.only: Callable[[int], bool] | None = None
         self.parked_since = 0.0
         self._parked: deque[tuple[int, bytes, bytes]] = deque()
         # Acknowledgements that are late: when they are due (monotonic), and what they acknowledge.
@@ -721,6 +723,8 @@ class FuseFiles:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if node in self._bases:
             if self.volume_opens and node != self._base:
+                raise _Refused(errno.EBUSY)
+            if self.only is not None and not self.only(self.last_pid):
                 raise _Refused(errno.EBUSY)
             if writing:
                 if not self._writable:

@@ -48,6 +48,7 @@ from extsnap.serve.contract import EngineVolume, load_factory
 from extsnap.serve.disk import Disk
 from extsnap.serve.fuse import FuseFiles, Unmounted
 from extsnap.serve.growing import Growing
+from extsnap.serve.turns import Turns
 
 _PR_SET_IO_FLUSHER = 57
 _FUSE_BURST = 1024  # looks for a request between two at the control socket
@@ -140,8 +141,7 @@ class Server:
         self._old_wakeup = -1
         self.logged = False
         self._said: list[str] = []
-        self._turn: control.Connection | None = None  # who is about to take a snapshot
-        self._turns: deque[control.Connection] = deque()
+        self._turns = Turns(self)
         self._temporary: dict[str, control.Connection] = {}  # snapshots that go when their client hangs up
         self._left_over: set[str] = set()  # those of clients that did
         self._growing = Growing(self)
@@ -469,9 +469,7 @@ class Server:
             if owner is client:
                 self._drop_scratch(owner, file)
         self._left_over |= {name for name, owner in self._temporary.items() if owner is client}
-        with contextlib.suppress(ValueError):
-            self._turns.remove(client)
-        self._end_turn(client)
+        self._turns.end(client)
         if client is self._keeper:
             self._keeper = None
             if self._recovering:  # the starter died while it replayed the journal, or gave up
@@ -552,7 +550,9 @@ class Server:
             "server.recovered": self._recovered,
             "server.scratch": lambda name="": self._make_scratch(client, str(name)),
             "server.unscratch": lambda file: self._drop_scratch(client, str(file)),
-            "server.provision": lambda alone=False: self._provision(client, bool(alone)),
+            "server.provision": lambda alone=False, only=False: self._turns.take(
+                client, alone=bool(alone), only=bool(only)
+            ),
             "server.hold": lambda: self._hold(client),
             "server.temporary": lambda name: self._note_temporary(client, str(name)),
         }
@@ -567,39 +567,13 @@ class Server:
             self._files.snapshots_changed()
             self._growing.commanded(client, verb)
             if verb == "create":
-                self._end_turn(client)
+                self._turns.end(client)
 
     # ---- snapshots of a volume in use
-
-    def _provision(self, client: control.Connection, alone: bool) -> dict[str, Any] | None:
-        """Give a client the turn to take a snapshot, until it has done so or hangs up; answered when it has it.
-
-        ``in_use`` is the file that others have open for writing, or None; with ``alone`` that is refused.
-        """
-        assert self._files is not None
-        if alone and self._files.volume_opens:
-            raise self._busy([self._files.base_name], "this needs the volume for itself", "unmount or close it first")
-        if self._turn is not None and self._turn is not client:
-            self._turns.append(client)
-            return None
-        self._turn = client
-        return {"in_use": self._files.base_name if self.in_use() else None}
 
     def _hold(self, client: control.Connection) -> dict[str, Any] | None:
         """Whoever has the turn is about to freeze: answered when there is room for that; then nothing grows."""
         return self._growing.provision(client, {"provided": True})
-
-    def _end_turn(self, client: control.Connection) -> None:
-        """The next one has the turn now."""
-        if self._turn is not client:
-            return
-        self._turn = None
-        while self._turns and self._turn is None:
-            following = self._turns.popleft()
-            result = self._provision(following, False)
-            if result is not None:
-                following.answer(result)
-                self._watch(following)
 
     def _note_temporary(self, client: control.Connection, name: str) -> dict[str, Any]:
         """A snapshot that this client is about to take is to go with it."""
@@ -627,7 +601,7 @@ class Server:
         assert self._files is not None
         files = self._files
         if verb in ("restore", "strip") and files.volume_opens:
-            raise self._busy([files.base_name], f"{verb} needs the volume for itself", "unmount or close it first")
+            raise self.busy([files.base_name], f"{verb} needs the volume for itself", "unmount or close it first")
         if verb not in ("strip", "delete") or not files.open_views():
             return
         names = set(self._volume.snapshot_names())
@@ -641,9 +615,9 @@ class Server:
         for name in files.open_views():
             if name in names:
                 shown = files.files_of(name)
-                raise self._busy(shown, f"snapshot {name} is open", "unmount or close it first")
+                raise self.busy(shown, f"snapshot {name} is open", "unmount or close it first")
 
-    def _busy(self, files: list[str], what: str, hint: str) -> VolumeBusy:
+    def busy(self, files: list[str], what: str, hint: str) -> VolumeBusy:
         """The error that names who has one of these files of ours open, or any if none is given."""
         assert self._files is not None
         name = "its directory"
@@ -662,11 +636,11 @@ class Server:
     def _detach(self, client: control.Connection, force: bool) -> None:
         assert self._files is not None
         if self._has_users() and not force:
-            raise self._busy([], f"{self.config.image} is served", self._or_force("unmount or close it first"))
+            raise self.busy([], f"{self.config.image} is served", self._or_force("unmount or close it first"))
         self._waiting.append((client, "", float("inf")))
         if not self._end(force=force):
             self._waiting = [item for item in self._waiting if item[0] is not client]
-            raise self._busy([], f"{self.config.image} is served", self._or_force("leave the directory first"))
+            raise self.busy([], f"{self.config.image} is served", self._or_force("leave the directory first"))
 
     def _settle(self, client: control.Connection, file: str, seconds: float) -> None:
         """Answered when ``file`` is closed and durable, and, if this server ends with it, when it has ended."""

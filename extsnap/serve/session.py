@@ -273,9 +273,7 @@ def let_go_of_orphans(image: str, partition: int | None, snapshot: str) -> None:
         else:
             client, hello = served
             with client:  # with the turn, until it is closed: nobody else has one meanwhile
-                user = client.call("server.provision").get("in_use")
-                if user is not None:
-                    raise VolumeBusy(f"{user} is in use again")
+                client.call("server.provision", alone=True, only=True, patience=CLOSE_PATIENCE)
                 _preen(place.name, str(hello["directory"]))
     except (ExtsnapError, OSError) as error:
         reason = error.message if isinstance(error, ExtsnapError) else str(error)
