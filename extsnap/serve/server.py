@@ -550,9 +550,7 @@ class Server:
             "server.recovered": self._recovered,
             "server.scratch": lambda name="": self._make_scratch(client, str(name)),
             "server.unscratch": lambda file: self._drop_scratch(client, str(file)),
-            "server.provision": lambda alone=False, only=False: self._turns.take(
-                client, alone=bool(alone), only=bool(only)
-            ),
+            "server.provision": lambda alone=False, only=False: self._turns.take(client, alone=alone, only=only),
             "server.hold": lambda: self._hold(client),
             "server.temporary": lambda name: self._note_temporary(client, str(name)),
         }

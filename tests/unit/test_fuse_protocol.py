@@ -285,6 +285,19 @@ def test_requests_that_find_no_room_wait_while_more_may_come(kernel: Kernel, mon
     assert kernel.write(node, 0, b"x" * 4096) == (errno.ENOSPC, 0), "without hope nothing waits"
 
 
+def test_one_who_has_the_volume_for_himself(kernel: Kernel) -> None:
+    """Nobody else opens it, for reading neither; what is open stays so, and snapshots are for all."""
+    node, _ = kernel.lookup(fuse.ROOT_NODE, "volume")
+    kernel.files.only = lambda pid: pid == 4711
+    assert kernel.open(node, os.O_RDWR)[0] == 0
+    kernel.files.only = lambda pid: pid == 12
+    assert kernel.open(node, os.O_RDONLY)[0] == errno.EBUSY
+    assert kernel.files.volume_opens == 1
+    assert kernel.write(node, 0, b"x" * 4096) == (0, 4096)
+    one, _ = kernel.lookup(fuse.SNAPSHOTS_NODE, "one")
+    assert kernel.open(one)[0] == 0
+
+
 def test_the_kernel_keeps_attributes_only_of_what_it_writes_late(volume: Volume) -> None:
     """With delayed writes it would ask for them before every single write; a snapshot must still vanish at once."""
     kernel = Kernel(volume, writeback_cache=True)

@@ -1,4 +1,4 @@
-"""One client after the other has the turn, and what it asked for with it; the server and its clients are played here."""
+"""One client after the other has the turn, and what it asked for with it; server and clients are played here."""
 
 from __future__ import annotations
 
