@@ -11,7 +11,7 @@ buffering: the durability contract is the one of a disk with a volatile write ca
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 Buffer = bytes | bytearray | memoryview
@@ -61,6 +61,20 @@ def where(device: ReadableDevice, offset: int, length: int) -> tuple[int, int] |
     own: Any = getattr(device, "where", None)
     found: tuple[int, int] | None = own(offset, length) if own is not None else None
     return found
+
+
+def flush_while(device: Device, work: Callable[[], None] | None) -> None:
+    """A barrier for everything written before; meanwhile ``work``, which only reads and raises nothing.
+
+    At the same time where the device has a ``flush_while`` of its own, else one after the other.
+    """
+    own: Any = getattr(device, "flush_while", None)
+    if work is not None and own is not None:
+        own(work)
+        return
+    device.flush()
+    if work is not None:
+        work()
 
 
 class Device(ReadableDevice, Protocol):

@@ -12,8 +12,9 @@ believed: what never got there is then not there, as after a power cut.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
-from extsnap.blockdev.base import Buffer, CloningDevice, where
+from extsnap.blockdev.base import Buffer, CloningDevice, flush_while, where
 
 #: What is written again is remembered in pieces of this size.
 PIECE_BYTES = 64 << 10
@@ -110,6 +111,10 @@ class Durable:
         Raises:
             OSError: It could not be made durable; whoever asks again has it tried again.
         """
+        self.flush_while(None)
+
+    def flush_while(self, work: Callable[[], None] | None) -> None:
+        """The same, and ``work``, see `extsnap.blockdev.base`."""
         if self._failed:
             for piece in sorted(self._written):
                 offset = piece << _BITS
@@ -117,7 +122,7 @@ class Durable:
                 if length > 0:
                     self.below.pwrite(offset, self.below.pread(offset, length))
         self._failed = True
-        self.below.flush()
+        flush_while(self.below, work)
         self._failed = False
         self._written.clear()
 

@@ -16,6 +16,8 @@ import os
 import stat
 import struct
 import sys
+import threading
+from collections.abc import Callable
 from typing import Literal
 
 from extsnap.blockdev.base import Buffer
@@ -303,6 +305,29 @@ class ImageFile:
             self._early.settled()
         except OSError as error:
             raise _failure(error, "flushing", self.path, 0) from error
+
+    def flush_while(self, work: Callable[[], None]) -> None:
+        """The same while ``work`` is done, see `extsnap.blockdev.base`: the waiting is another thread's.
+
+        Raises:
+            OSError: The host could not make it durable.
+        """
+        failures: list[OSError] = []
+
+        def wait() -> None:
+            try:
+                self.flush()
+            except OSError as error:
+                failures.append(error)
+
+        waiting = threading.Thread(target=wait, name="barrier")
+        waiting.start()
+        try:
+            work()
+        finally:
+            waiting.join()
+        if failures:
+            raise failures[0]
 
     def reread(self) -> None:
         """Have what is read from here on come from the medium, not from what the host remembers of it.

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ from extsnap.arrays import (
     runs_of,
     set_positions,
 )
-from extsnap.blockdev.base import Buffer, read_pieces, where
+from extsnap.blockdev.base import Buffer, flush_while, read_pieces, where
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import hidden, limits
@@ -362,7 +362,7 @@ class Engine:
             self._hold(position, view[position - offset : position - offset + piece])
             position += piece
 
-    def rewrite(self, blocks: Ints, new: Bits) -> None:
+    def rewrite(self, blocks: Ints, new: Bits, meanwhile: Callable[[], None] | None = None) -> None:
         """Make whole blocks (sorted, at least one) read as ``new``; durable after `flush`.
 
         As `pwrite` of those that differ, which are not held however: they come many at a time.  What is read to compare
@@ -371,6 +371,7 @@ class Engine:
         Args:
             blocks: int64[n], sorted.
             new: uint8[n, block_size].
+            meanwhile: Done while a barrier is waited for, if there is one; it only reads, and raises nothing.
 
         Raises:
             VolumeFull: No room for the copies; nothing was written.
@@ -390,7 +391,7 @@ class Engine:
             positions, new, old = positions[differs], new[differs], old[differs]
         needed = self.need.test(positions)
         self._make_room(int(needed.sum()), [positions[needed]])
-        self.preserve(positions[needed], old if needed.all() else old[needed])
+        self.preserve(positions[needed], old if needed.all() else old[needed], meanwhile)
         data = new.reshape(-1).data
         runs, at = runs_of(positions), 0
         for position, count in runs.tolist():
@@ -675,12 +676,13 @@ class Engine:
             missing &= ~recorded
         return missing
 
-    def preserve(self, positions: Ints, old: Bits | None = None) -> None:
+    def preserve(self, positions: Ints, old: Bits | None = None, meanwhile: Callable[[], None] | None = None) -> None:
         """Copy the blocks at sorted ``positions`` for every snapshot that still needs them; durable on return.
 
         Args:
             positions: int64[n].
             old: What the medium has there, if that is known: uint8[n, block_size].
+            meanwhile: As `rewrite` has it.
 
         Raises:
             VolumeFull: No room (callers reserve it first); nothing was recorded.
@@ -692,7 +694,7 @@ class Engine:
             if todo.any():
                 blocks = positions[part][todo] - self.shift
                 known = self._content(blocks) if old is None else old[part] if todo.all() else old[part][todo]
-                self._copy(blocks, missing[todo], known)
+                self._copy(blocks, missing[todo], known, meanwhile)
             self.clear_need(positions[part])
 
     def clear_need(self, positions: Ints) -> None:
@@ -719,7 +721,13 @@ class Engine:
         read_pieces(self.medium, pieces)
         return content
 
-    def _copy(self, blocks: Ints, missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]], old: Bits) -> None:
+    def _copy(
+        self,
+        blocks: Ints,
+        missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]],
+        old: Bits,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         mask = self.masks.intern(missing)
         new_masks = self.masks.rows[self._masks_stored :]
         filled = filled_rows(old)
@@ -736,7 +744,7 @@ class Engine:
                 new_masks = self.masks.rows[self._masks_stored :]
             self.store.write_blocks(logical, copies.reshape(-1).data, self._shareable(blocks[filled]))
             self.store.append_batch(new_masks, level.build(), crcs)
-            self.medium.flush()
+            flush_while(self.medium, meanwhile)
         except BaseException:
             self.store.unallocate(logical)
             raise

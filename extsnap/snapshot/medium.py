@@ -14,9 +14,10 @@ the primary has it too, and every extsnap command looks at the primary.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from extsnap.blockdev.base import Buffer, CloningDevice, where
+from extsnap.blockdev.base import Buffer, CloningDevice, flush_while, where
 from extsnap.ondisk.checksum import crc32c_raw
 from extsnap.snapshot.format import POINTER_BYTES, POINTER_OFFSET
 
@@ -156,6 +157,10 @@ class Medium:
     def flush(self) -> None:
         """Barrier on the device."""
         self.device.flush()
+
+    def flush_while(self, work: Callable[[], None]) -> None:
+        """The same, and ``work`` meanwhile, see `extsnap.blockdev.base`."""
+        flush_while(self.device, work)
 
     def resize(self, size: int) -> None:
         """Make the device ``size`` bytes long.

@@ -17,11 +17,12 @@ the target's view does not change meanwhile, because the write path preserves it
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extsnap.arrays import Ints, distinct, expand, runs_of, without
+from extsnap.arrays import Bits, Ints, distinct, expand, runs_of, without
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext import log
@@ -340,16 +341,48 @@ def _complete(volume: Volume) -> None:
     engine.index.apply_writes()
 
 
+class _Ahead:
+    """Content of a view's blocks, piece by piece; the next piece may be read before it is asked for."""
+
+    def __init__(self, view: View, blocks: Ints) -> None:
+        """Read ``blocks`` (sorted)."""
+        size = view.engine.block_size
+        most = EXCHANGE_BYTES // size
+        self._view = view
+        self._pieces = deque(blocks[low : low + most] for low in range(0, len(blocks), most))
+        self._buffers = deque(np.empty((min(most, len(blocks)), size), np.uint8) for _ in range(2))
+        self._ready: tuple[Ints, Bits] | None = None
+        self._error: Exception | None = None
+
+    def read(self) -> None:
+        """Read the next piece, if that was not done; an error is kept for who asks for it."""
+        if self._ready is not None or self._error is not None or not self._pieces:
+            return
+        blocks = self._pieces.popleft()
+        content = self._buffers[0][: len(blocks)]
+        self._buffers.rotate()
+        try:
+            self._view.read_blocks(blocks, content)
+        except (ExtsnapError, OSError) as error:
+            self._error = error
+        self._ready = blocks, content
+
+    def take(self) -> tuple[Ints, Bits] | None:
+        """The next piece (blocks, content), which is good until the next but one is read; None: that was all."""
+        self.read()
+        if self._error is not None:
+            raise self._error
+        ready, self._ready = self._ready, None
+        return ready
+
+
 def _exchange(volume: Volume, view: View, blocks: Ints) -> None:
     """Make the base equal to the view in ``blocks`` (sorted), writing only what differs."""
     engine, size = volume.require_engine(), volume.block_size
     whole = blocks[blocks < view.size // size]
-    most = EXCHANGE_BYTES // size
-    content = np.empty((min(most, len(whole)), size), np.uint8)
-    for low in range(0, len(whole), most):
-        some = whole[low : low + most]
-        view.read_blocks(some, content[: len(some)])
-        engine.rewrite(some, content[: len(some)])
+    ahead = _Ahead(view, whole)
+    while (piece := ahead.take()) is not None:
+        engine.rewrite(*piece, meanwhile=ahead.read)
     for block in blocks[len(whole) :].tolist():  # a ragged last one
         engine.pwrite(block * size, view.pread(block * size, view.size - block * size))
 

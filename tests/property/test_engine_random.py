@@ -119,8 +119,20 @@ class Bench:
         """What a restore does with many blocks at once."""
         protected = any(self.owned[block] and any(new) for block, new in zip(blocks, contents, strict=True))
         new = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, BLOCK)
+
+        def look() -> None:
+            """Read while the barrier is waited for: views are what they are, and the base is as before."""
+            block = self.rng.randrange(self.device.size // BLOCK)
+            assert self.engine.pread(block * BLOCK, BLOCK) == self.base[block * BLOCK : (block + 1) * BLOCK]
+            for snapshot in self.snapshots[:3]:
+                moment, seen = self.moments[snapshot.id], np.zeros((len(blocks), BLOCK), np.uint8)
+                View(self.engine, snapshot).read_blocks(np.array(blocks, np.int64), seen)
+                for index in np.flatnonzero(moment.preserved[blocks]).tolist():
+                    at = blocks[index] * BLOCK
+                    assert seen[index].tobytes() == moment.content[at : at + BLOCK]
+
         try:
-            self.engine.rewrite(np.array(blocks, np.int64), new)
+            self.engine.rewrite(np.array(blocks, np.int64), new, look)
         except StoreProtected:
             assert protected
         except VolumeFull:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -319,3 +320,31 @@ def test_a_lock_is_a_flock(path):
         assert subprocess.run(["flock", "-n", str(path), "true"], check=False).returncode == 1
         with open(path) as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_reading_while_a_barrier_is_waited_for(path, monkeypatch):
+    """The barrier does not end before the reading has begun, and both have ended on return."""
+    begun, events = threading.Event(), []
+
+    def slow(descriptor):
+        assert begun.wait(5), "nobody reads while the barrier is waited for"
+        time.sleep(0.05)
+        events.append("barrier")
+
+    with ImageFile(path, writable=True) as image:
+        image.pwrite(0, b"x" * 512)
+        monkeypatch.setattr(os, "fdatasync", slow)
+        image.flush_while(lambda: (begun.set(), events.append(image.pread(0, 3))))
+    assert events == [b"xxx", "barrier"]
+
+
+def test_a_barrier_that_fails_while_something_is_read(path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.EIO, "no")
+
+    read = []
+    with ImageFile(path, writable=True) as image:
+        monkeypatch.setattr(os, "fdatasync", refuse)
+        with pytest.raises(OSError, match="flushing"):
+            image.flush_while(lambda: read.append(image.pread(0, 1)))
+    assert len(read) == 1
