@@ -11,7 +11,8 @@ import lab
 import numpy as np
 
 from campaigns.recorded import BLOCK, Recorded, repaired
-from extsnap.snapshot import edit, engine
+from extsnap.arrays import runs_of
+from extsnap.snapshot import edit, engine, hidden
 from extsnap.snapshot.store import SLOT_BLOCKS
 from extsnap.snapshot.volume import Volume
 
@@ -97,6 +98,16 @@ def transaction(old: bytes, new: bytes) -> tuple[bytes, bytes, bytes, int]:
     return bytes(data), logged, repaired(logged), int(survey.journal[0]) - 1
 
 
+def trimmed(recorded: Recorded) -> None:
+    """All that is free is discarded, as by fstrim: of what a snapshot needs the long runs are hidden, others copied."""
+    free = ~lab.survey(recorded.volume.read(0, recorded.volume.size)).in_use
+    with mock.patch.object(hidden, "HIDE_BYTES", 4 * BLOCK):
+        for start, length in runs_of(np.flatnonzero(free)).tolist():
+            recorded.punch(start * BLOCK, length * BLOCK)
+    recorded.flush()
+    assert recorded.volume.require_engine().hidden.some, "nothing was hidden"
+
+
 def grow(volume: Volume) -> None:
     edit.grow(volume, 400)
     volume.settle()
@@ -155,6 +166,7 @@ LIFE: list[tuple[str, Action]] = [
     ("move", lambda recorded, volume: move(volume)),
     ("begin serving again", lambda recorded, volume: volume.begin_serving()),
     ("a kernel's writes", lambda recorded, volume: kernel_session(recorded)),
+    ("trim", lambda recorded, volume: trimmed(recorded)),
     ("create while serving", lambda recorded, volume: volume.create("three")),
     ("more writes", lambda recorded, volume: session_of_writes(recorded)),
     ("end serving again", lambda recorded, volume: volume.end_serving()),
