@@ -456,7 +456,11 @@ class Engine:
 
     def room_for_data(self) -> int:
         """The same for writes of data, which leave what metadata may need."""
-        return self.room() - (self.vital.kept(self.need, self.store.root.owned) if self.vital is not None else 0)
+        room = self.room()
+        return room - self._kept(room)
+
+    def _kept(self, room: int) -> int:
+        return self.vital.kept(self.to_preserve, self.store.root.owned, room) if self.vital is not None else 0
 
     @property
     def left(self) -> int:
@@ -473,6 +477,10 @@ class Engine:
             self.spared = spared
 
     def blocks_to_preserve(self, also: SparseBits | None = None) -> int:
+        """How many bits `to_preserve` has."""
+        return self.to_preserve(also).total()
+
+    def to_preserve(self, also: SparseBits | None = None) -> SparseBits:
         """Blocks that would be copied if all of the volume were overwritten now: at most, see `rebuild_need`.
 
         Args:
@@ -482,7 +490,7 @@ class Engine:
         if also is not None:
             left |= also
         left -= self._owned
-        return left.total()
+        return left
 
     def blocks_for(self, copies: int) -> int:
         """Blocks that ``copies`` copy blocks take, with a record for each that the next fold writes."""
@@ -501,7 +509,10 @@ class Engine:
             first = next(pieces, NO_BLOCKS)
             needed = itertools.chain([first], pieces)
             if not vital.names(first):
-                kept = vital.kept(self.need, self.store.root.owned)
+                kept = self._kept(self.room())
+                if cost > self.room() - kept:
+                    vital.count_again(self.rows)
+                    kept = self._kept(self.room())
         if cost <= self.room() - kept:
             return
         self.commit()

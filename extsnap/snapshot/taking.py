@@ -208,9 +208,7 @@ def _vital_with(volume: Volume, bits: SparseBits) -> int:
     """Copies to keep for metadata once a snapshot is taken that preserves ``bits``."""
     engine = volume.require_engine()
     vital = volume.vital or Vital(volume.filesystem(lenient=True), engine.rows, engine.row_bytes, engine.shift)
-    need = engine.need.copy()
-    need |= bits
-    return vital.count(need, volume.require_store().root.owned)
+    return vital.count(engine.to_preserve(bits), volume.require_store().root.owned)
 
 
 def store_limit(volume: Volume) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_right
+from collections.abc import Callable
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Vital:
             self._features = fs.journal.features
             self.most = fs.journal.blocks
         self._count: int | None = None
-        self._asked = 0
+        self._total = self._asked = 0
 
     def examine(self, offset: int, data: Buffer) -> None:
         """Take note of what a write into the journal names."""
@@ -105,19 +106,21 @@ class Vital:
         inside = (self._runs[index, 0] <= positions) & (positions < self._ends[index])
         return bool(inside.any()) or bool(self._named.test(positions).any())
 
-    def kept(self, need: SparseBits, owned: int) -> int:
-        """Copies that data has no room for.
+    def kept(self, to_preserve: Callable[[], SparseBits], owned: int, room: int) -> int:
+        """Copies that data has no room for: none where there is room for everything.
 
         Counted now and then: from copy to copy it becomes less, until `count_again`.
 
         Args:
-            need: What may have to be copied.
+            to_preserve: Gives what would be copied if all of the volume were overwritten.
             owned: Blocks of the store.
+            room: Copies that there is room for.
         """
         if self._count is None or self._asked >= max(64, self._count // 8):
-            self._count, self._asked = self.count(need, owned), 0
+            bits = to_preserve()
+            self._count, self._total, self._asked = self.count(bits, owned), bits.total(), 0
         self._asked += 1
-        return self._count
+        return self._count if room < self._total else 0
 
     def count_again(self, rows: int) -> None:
         """Other blocks may be to preserve now, in a volume with so many rows of bits."""
@@ -125,11 +128,12 @@ class Vital:
         if self._named.rows != rows:
             self._named = self._named.reshaped(rows, self._named.row_bytes)
 
-    def count(self, need: SparseBits, owned: int) -> int:
-        """What `kept` is, now."""
-        known = SparseBits.of(self._runs, need.rows, need.row_bytes)
+    def count(self, to_preserve: SparseBits, owned: int) -> int:
+        """Copies that are worth keeping while so much is to be preserved."""
+        known = SparseBits.of(self._runs, to_preserve.rows, to_preserve.row_bytes)
         known |= self._named
-        others = need.copy()
+        others = to_preserve.copy()
         others -= known
-        total, unknown = need.total(), others.total()
-        return min(self.most, owned // 4, total - unknown + min(self.most // 4, unknown))
+        unknown = others.total()
+        transaction = self.most // 4 if self._journal >= 0 else 0  # without a journal nothing gets known
+        return min(self.most, owned // 4, to_preserve.total() - unknown + min(transaction, unknown))
