@@ -143,6 +143,22 @@ class _Layer:
     wanted: bool = True
 
 
+@dataclass(frozen=True)
+class _Parked:
+    """A write or discard that found no room while more may come, as it was received.
+
+    Attributes:
+        since: When it came (monotonic seconds).
+        continues: Whether it is the rest of a longer one that began well.
+    """
+
+    length: int
+    head: bytes
+    data: bytes
+    since: float
+    continues: bool
+
+
 class FuseFiles:
     """One connection: the tree above, answered from a volume.
 
@@ -155,7 +171,8 @@ class FuseFiles:
         lag: Called after a write: seconds by which its acknowledgement is late.  It is done all the same; whoever
             writes gets slower.  None: never.
         only: Which processes may open ``volume`` or ``disk``, by their number; None: all.
-        hope: Whether a write that finds no room is to wait for more, until `try_parked` finds it or hope is lost.
+        hope: Whether a write that finds no room, and has waited for so many seconds, is to wait for more: until
+            `try_parked` finds it or hope is lost.
         failure: The first error of a flush whose answer could not reach anybody (a loop device lets go
             of its file without asking for the result), or None.
     """
@@ -201,7 +218,7 @@ class FuseFiles:
         self._last_logged = ("", 0.0)
         self.volume_opens = 0
         self.volume_write_opens = 0
-        self.last_pid = 0
+        self.last_pid = self._pid = 0
         self.refused = 0
         self.refusal = ""
         self.failure: Exception | None = None
@@ -221,11 +238,11 @@ class FuseFiles:
         self._next_listing = 1
         self._uid, self._gid = (os.geteuid(), os.getegid()) if like is None else (like.st_uid, like.st_gid)
         self._mode = 0o600 if like is None else like.st_mode & 0o666
-        # Writes and discards that found no room while more may come: (length, head, data), as they were received.
-        self.hope: Callable[[], bool] | None = None
         self.only: Callable[[int], bool] | None = None
-        self.parked_since = 0.0
-        self._parked: deque[tuple[int, bytes, bytes]] = deque()
+        self.hope: Callable[[float], bool] | None = None
+        self._parked: deque[_Parked] = deque()
+        # Of the request in the buffers: since when it waits, and whether it is the rest of one that began well.
+        self._since, self._continues = 0.0, False
         # Acknowledgements that are late: when they are due (monotonic), and what they acknowledge.
         self.lag: Callable[[], float] | None = None
         self._late: list[tuple[float, int, int]] = []  # a heap
@@ -371,12 +388,13 @@ class FuseFiles:
             raise Unmounted
         if length < IN_HEADER.size:
             return True
-        claimed, opcode, unique, node, _, _, pid, _, _ = IN_HEADER.unpack_from(self._head)
-        if pid:
-            self.last_pid = pid
+        claimed, opcode, unique, node, _, _, self._pid, _, _ = IN_HEADER.unpack_from(self._head)
+        if self._pid:
+            self.last_pid = self._pid
         if claimed != length:
             self._fail(unique, errno.EINVAL)
             return True
+        self._since, self._continues = 0.0, False
         self._answer_to(opcode, unique, node, length)
         return True
 
@@ -405,6 +423,8 @@ class FuseFiles:
         except Exception as error:  # one bad request must never end the others
             if isinstance(error, VolumeFull) and self._park(opcode, length):
                 return
+            if self._continues:
+                self._unreported = error
             if isinstance(error, StoreProtected):
                 self.refused += 1
                 self.refusal = error.message
@@ -415,33 +435,32 @@ class FuseFiles:
 
     def _park(self, opcode: int, length: int) -> bool:
         """Whether the request in the buffers, which found no room, is tried again instead of refused."""
-        if (
-            opcode not in (WRITE, FALLOCATE)
-            or self.hope is None
-            or not self.hope()
-            or len(self._parked) >= _MOST_PARKED
-        ):
+        if opcode not in (WRITE, FALLOCATE) or self.hope is None or len(self._parked) >= _MOST_PARKED:
             return False
-        if not self._parked:
-            self.parked_since = time.monotonic()
-        self._parked.append((length, bytes(self._head), bytes(self._data[: max(0, length - len(self._head))])))
+        now = time.monotonic()
+        since = self._since or now
+        if not self.hope(now - since):
+            return False
+        data = bytes(self._data[: max(0, length - len(self._head))])
+        self._parked.append(_Parked(length, bytes(self._head), data, since, self._continues))
         return True
 
     @property
-    def are_parked(self) -> bool:
-        """Whether requests wait for room, the first of them since ``parked_since``."""
-        return bool(self._parked)
+    def parked_seconds(self) -> float | None:
+        """For how long the first of the requests that wait for room has done so; None: none waits."""
+        return time.monotonic() - self._parked[0].since if self._parked else None
 
     def try_parked(self) -> None:
         """Try requests that wait for room again, in their order, until one has to go on waiting."""
         waiting = len(self._parked)
         while waiting:
-            length, head, data = self._parked.popleft()
+            parked = self._parked.popleft()
             waiting -= 1
-            self._head[:] = head
-            self._data[: len(data)] = data
-            _, opcode, unique, node, *_ = IN_HEADER.unpack_from(head)
-            self._answer_to(opcode, unique, node, length)
+            self._head[:] = parked.head
+            self._data[: len(parked.data)] = parked.data
+            self._since, self._continues = parked.since, parked.continues
+            _, opcode, unique, node, *_ = IN_HEADER.unpack_from(parked.head)
+            self._answer_to(opcode, unique, node, parked.length)
             if len(self._parked) > waiting:
                 self._parked.rotate(1)
                 return
@@ -504,9 +523,9 @@ class FuseFiles:
         self._dirty = self._touched = True
         try:
             base.write(offset, self._data[:size])
-        except Exception as error:
+        except Exception:
             if not self._writeback_cache and (offset in self._heads or (size % mmap.PAGESIZE and offset in self._ends)):
-                self._unreported = error
+                self._continues = True
             raise
         self._ends.append(offset + size)
         if offset % mmap.PAGESIZE or size == self._max_write:
@@ -586,7 +605,7 @@ class FuseFiles:
             return self._splice.send(self._out_head, *place, size)
         except OSError as error:
             self._not_taken(unique, error)
-            return True
+            return error.errno == errno.ENOENT  # else the asker still waits: it gets a copy
 
     # ---- the rest
 
@@ -724,7 +743,7 @@ class FuseFiles:
         if node in self._bases:
             if self.volume_opens and node != self._base:
                 raise _Refused(errno.EBUSY)
-            if self.only is not None and not self.only(self.last_pid):
+            if self.only is not None and not self.only(self._pid):
                 raise _Refused(errno.EBUSY)
             if writing:
                 if not self._writable:

@@ -102,7 +102,7 @@ class Growing:
             limits.append(int(self._next_late * 1000) + 1)
         if self._holders:
             limits.append(50)
-        if self._server.files is not None and self._server.files.are_parked:
+        if self._server.files is not None and self._server.files.parked_seconds is not None:
             limits.append(_PARKED_MS)
         if growth.is_paused:
             limits.append(_PAUSED_MS)
@@ -132,7 +132,7 @@ class Growing:
         files, growth, grower = self._server.files, self._growth, self._grower
         if files is None or growth is None or grower is None:
             self._told_mounted = False
-            if files is not None and files.are_parked:
+            if files is not None and files.parked_seconds is not None:
                 files.hope = None
                 files.try_parked()
             return
@@ -144,7 +144,7 @@ class Growing:
             growth.look_again()
         files.lag = growth.lag if growth.mounted else None
         growth.hope = growth.mounted
-        files.hope = lambda: growth.hope
+        files.hope = lambda waited: growth.hope and waited < _PARKED_SECONDS
         stepped = growth.at_work
         try:
             request = growth.step() if stepped else growth.due()
@@ -153,18 +153,17 @@ class Growing:
             request = None
         if request is not None and not self._tell(request):
             growth.forget()
-        if files.are_parked:
-            self._try_parked(files, growth, stepped)
+        if files.parked_seconds is not None:
+            self._try_parked(files, growth, stepped, files.parked_seconds)
         # After what was asked: between two growths nobody is let off.
         self._next_late = files.acknowledge_late(lambda: growth.at_work or growth.is_waited_for())
         if self._holders:
             self._answer_holders(growth)
 
-    def _try_parked(self, files: FuseFiles, growth: Growth, stepped: bool) -> None:
+    def _try_parked(self, files: FuseFiles, growth: Growth, stepped: bool, waited: float) -> None:
         """Requests that found no room are tried again whenever there is more, and once more when no more will come."""
-        waited = time.monotonic() - files.parked_since
-        growth.hope = (stepped or growth.is_coming) and waited < _PARKED_SECONDS
-        if stepped or not growth.hope:
+        growth.hope = stepped or growth.is_coming
+        if stepped or not growth.hope or waited >= _PARKED_SECONDS:
             files.try_parked()
         growth.hope = growth.mounted
 

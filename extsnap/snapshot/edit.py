@@ -217,8 +217,7 @@ def give_back_growth(volume: Volume, before: Extents) -> None:
         left = grown_and_free()
         store.withdraw(left)
         gone = merge_runs(np.concatenate([gone, left]))
-        start, end = -(-gone[:, 0] // unit) * unit, gone.sum(axis=1) // unit * unit
-        whole = np.stack([start, end - start], axis=1)[end > start]
+        whole = graft.whole_units(gone, unit)
         if len(whole):
             resize(volume, without(store.root, whole))
     except VolumeFull:

@@ -470,11 +470,12 @@ class Engine:
     @contextlib.contextmanager
     def own_edit(self) -> Iterator[None]:
         """What is written inside is an edit of the store itself: it may use all of the room."""
-        spared, self.spared = self.spared, 0
+        spared, vital = self.spared, self.vital
+        self.spared, self.vital = 0, None
         try:
             yield
         finally:
-            self.spared = spared
+            self.spared, self.vital = spared, vital
 
     def blocks_to_preserve(self, also: SparseBits | None = None) -> int:
         """How many bits `to_preserve` has."""

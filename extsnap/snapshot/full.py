@@ -104,7 +104,7 @@ def make_room(volume: Volume, refusal: VolumeFull, needed: Iterable[Ints] = (), 
     ranks = np.zeros(64 * engine.masks.words, np.int64)
     ranks[[entry.bit for entry in engine.snapshots]] = kept
     ranks[[entry.bit for entry in going]] = np.arange(1, kept)
-    room = max(0, engine.room_for_data()) + engine.copies_in(engine.copies_by_rank(ranks, kept))
+    room = engine.room_for_data() + engine.copies_in(engine.copies_by_rank(ranks, kept))
     enough = np.flatnonzero((engine.costs_by_rank(needed, ranks, kept) + blocks <= room)[1:])
     if not len(enough):
         raise refusal

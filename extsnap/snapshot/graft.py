@@ -52,6 +52,12 @@ def map_runs(logical: Ints, physical: Ints) -> Extents:
     return np.stack([rows[0], rows[1], ends - starts], axis=1).astype(np.int64)
 
 
+def whole_units(runs: Ints, unit: int) -> Ints:
+    """Of runs (start, length) the parts that are whole clusters of ``unit`` blocks."""
+    start, end = -(-runs[:, 0] // unit) * unit, runs.sum(axis=1) // unit * unit
+    return np.asarray(np.stack([start, end - start], axis=1)[end > start])
+
+
 def keep_logical(extents: Extents, keep: Ints) -> Extents:
     """The part of ``extents`` whose logical blocks lie in the runs ``keep`` (start, length), sorted."""
     if not len(extents) or not len(keep):

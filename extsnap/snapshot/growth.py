@@ -174,6 +174,7 @@ class Growth:
         self._grant: _Grant | None = None
         self._wanted = self._ahead = 0
         self._shrink = False
+        self._goes_on = False  # whether there is more to ask for when what goes back is back
         self._greed = 1  # how many times as much as is wanted is asked for
         self._retry_at = 0.0
         self._left_then: int | None = None
@@ -276,7 +277,7 @@ class Growth:
         """Blocks to grow by now; 0, and when to look again, where there is enough."""
         engine = self._volume.require_engine()
         missing = self._missing() if self._wanted else 0
-        room = engine.room()
+        room = engine.room_for_data()
         keep = self._keep() if engine.snapshots else 0
         # Room for all that is to be preserved is often a few records short: not worth a growth of its own.
         least = keep - keep // 16
@@ -332,8 +333,9 @@ class Growth:
         cookie, self.cookie = self.cookie, None
         self.look_again()
         if asked != "grow" or answer.get("error"):
-            if asked is not None:
+            if asked is not None and (answer.get("error") or not self._goes_on):
                 self._pause()
+            self._goes_on = False
             return str(answer.get("error", ""))
         if not answer.get("extents"):
             self._pause()
@@ -354,7 +356,7 @@ class Growth:
         if len(needed) > MOST_ADOPTED * count:
             # Adopting it would take the free space for next to no room.  The rest is taken, what snapshots need goes
             # back, and the next request is for more: the kernel looks at the same place first.
-            back = _longest(runs_of(_logical(new, np.sort(needed))), PUNCH_RUNS)
+            back = _longest(graft.whole_units(runs_of(_logical(new, np.sort(needed))), self._unit), PUNCH_RUNS)
             rest = graft.keep_logical(new, _between(back))
             self._grant = _Grant(_pieces(rest) if len(rest) else [], back)
             self._greed = min(2 * self._greed, GREED_MOST)
@@ -376,8 +378,7 @@ class Growth:
             self._grant = None
             if grant.back is None:
                 return None
-            if grant.gained < WORTH_IT:
-                self._pause()
+            self._goes_on = grant.gained >= WORTH_IT
             return self._ask_to_free(grant.back)
         volume = self._volume
         engine, store = volume.require_engine(), volume.require_store()

@@ -181,7 +181,8 @@ class Parts:
         table = np.frombuffer(raw, np.dtype([("row", _ROW), ("words", "<u8", (words,))]), count, _HEAD.size)
         self._rows = table["row"]
         self.crc_starts = np.append(0, np.cumsum(self._rows["crcs"].astype(np.int64)))
-        is_of = (store.root.blobs[index, key].crc, store.root.blobs[crcs, key].crc) == (index_crc, crcs_crc)
+        blobs = store.root.blobs.get((index, key)), store.root.blobs.get((crcs, key))
+        is_of = [blob.crc for blob in blobs if blob is not None] == [index_crc, crcs_crc]
         if not is_of or int(self.crc_starts[-1]) * CRC_BYTES != store.blob_length(crcs, key):
             raise StoreDamaged(f"store: the parts of index level {key} are of another one")
         self._words = table["words"].astype(np.uint64)

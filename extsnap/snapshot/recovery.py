@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def recover(volume: Volume) -> None:
-    """Finish what an interrupted command left; see the table at the top of this module."""
+    """Finish what an interrupted command left; see the table in `extsnap.snapshot.volume`."""
     store = volume.store
     if store is None:
         return

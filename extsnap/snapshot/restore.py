@@ -113,6 +113,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             volume.settle()
         raise
     complete(volume)
+    volume.vital = None  # metadata may be elsewhere
     volume.needs_replay = False
     volume.settle()
     volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long

@@ -111,6 +111,7 @@ def create(
             volume.set_mark(True)
             volume.require_store().root.flags |= fmt.SlotFlags.OPEN
         commit(volume, staged)
+        before = volume.require_store().root.extents  # from here on it is there, whatever fails
         if volume.serving and not in_use:
             served.grow_ahead(volume)
         volume.settle()
@@ -188,9 +189,9 @@ def make_room_for(volume: Volume, *, consistency: fmt.Consistency = fmt.Consiste
             engine.flush()
             bits = preserved_now(volume, consistency)
             tables = table_blocks(volume, bits) + edit.MINIMUM_ROOM
-            if volume.in_use:  # whoever has it mounted would lose all of it with the first write of metadata
-                tables += engine.blocks_for(_vital_with(volume, bits))
             wanted = engine.reserve() + tables
+            if volume.in_use:  # whoever has it mounted would lose all of it with the first write of metadata
+                wanted += engine.blocks_for(_vital_with(volume, bits))
             if store.available >= wanted:
                 return bits
             if volume.in_use or not edit.grow(volume, max(wanted - store.available + 32, 64)):

@@ -21,6 +21,7 @@ import errno
 import os
 import shlex
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,7 @@ class Volume:
         self.serving = False
         self.above: Above | None = None
         self.copied_before = 0
+        self._views: weakref.WeakSet[View] = weakref.WeakSet()
         self.look_at = served.NEVER  # free blocks of the store below which `write` looks at the watermarks
         self.warned: set[str] = set()
         self.needs_replay = False
@@ -327,6 +329,8 @@ class Volume:
             raise StoreDamaged(self.engine.lost_parts.texts[0])  # what was interrupted cannot be finished
         self.engine.pin()
         self.engine.vital = self.vital
+        for view in self._views:  # those that are open go on with what is recorded from now on
+            view.engine = self.engine
         if self.writable:
             self.engine.rebuild_need()
         self.copied_before = store.available
@@ -642,7 +646,9 @@ class Volume:
 
     def open_view(self, name: str) -> View:
         """The view of a snapshot."""
-        return View(self.require_engine(), self.find(name))
+        view = View(self.require_engine(), self.find(name))
+        self._views.add(view)
+        return view
 
     def back_to_rest(self) -> None:
         """After an operation that was refused or failed: the committed state, and what it had begun is finished.
@@ -838,8 +844,8 @@ class Volume:
         self.size = self.medium.size
         if self.engine is not None:
             self.engine.resize(self.size)
-            if self.vital is not None:
-                self.vital.count_again(self.engine.rows)
+            self.vital = None  # metadata may be elsewhere
+            served.watch(self)
 
     def begin_serving(
         self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False

@@ -461,3 +461,38 @@ def test_what_a_failed_command_began_is_not_made_true_by_the_next(fails: int, mo
     again = opened(MemoryDevice(bytes(device.content)))
     assert again.snapshot_names() == known
     assert len(again.require_engine().snapshots) == int(again.require_store().root.counting).bit_count()
+
+
+def test_an_open_view_outlives_a_refusal() -> None:
+    """A command that fails has the volume read its state anew; a view that is open goes on with it."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.create("one")
+    then = volume.read(0, volume.size)
+    block = blocks_of_files(volume)[0]
+    with volume.snapshots["one"].open() as view:
+        assert view.read(4 * BLOCK) == then[: 4 * BLOCK]
+        volume.back_to_rest()
+        volume.begin_serving()
+        volume.write(block * BLOCK, b"\xee" * BLOCK)
+        volume.flush()
+        view.seek(block * BLOCK)
+        assert view.read(BLOCK) == then[block * BLOCK : (block + 1) * BLOCK]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "ext2"])
+def test_a_restore_of_a_served_volume_uses_all_of_the_room(kind: str) -> None:
+    """What is kept for metadata is for whoever writes from above."""
+    device = MemoryDevice(lab.plain_image(kind))
+    volume = opened(device)
+    volume.create("one")
+    then = volume.read(0, volume.size)
+    volume.begin_serving()
+    blocks = blocks_of_files(volume)
+    for block in blocks:
+        volume.write(block * BLOCK, b"\xee" * BLOCK)
+    volume.flush()
+    volume.verb("restore", name="one")
+    assert all(volume.read(block * BLOCK, BLOCK) == then[block * BLOCK : (block + 1) * BLOCK] for block in blocks)
+    assert volume.end_serving()
+    assert not lab.complaint(device.content)

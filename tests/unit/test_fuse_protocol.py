@@ -247,7 +247,8 @@ def test_acknowledgements_that_are_late(kernel: Kernel, monkeypatch: pytest.Monk
 
 def test_requests_that_find_no_room_wait_while_more_may_come(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, whole, and not for ever; what needs no room does not wait for them."""
-    volume, files, hope, room = kernel.volume, kernel.files, [True], [0]
+    volume, files, hope, room, now = kernel.volume, kernel.files, [True], [0], [100.0]
+    monkeypatch.setattr(fuse, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     write, punch = volume.write, volume.punch
 
     def spend(size: int) -> None:
@@ -257,7 +258,7 @@ def test_requests_that_find_no_room_wait_while_more_may_come(kernel: Kernel, mon
 
     monkeypatch.setattr(volume, "write", lambda offset, data: (spend(len(data)), write(offset, data)))
     monkeypatch.setattr(volume, "punch", lambda offset, length: (spend(length), punch(offset, length)))
-    files.hope = lambda: hope[0]
+    files.hope = lambda waited: hope[0] and waited < 5
     node, _ = kernel.lookup(fuse.ROOT_NODE, "volume")
     assert kernel.open(node, os.O_RDWR)[0] == 0
     volume.data[:] = b"o" * SIZE
@@ -268,7 +269,7 @@ def test_requests_that_find_no_room_wait_while_more_may_come(kernel: Kernel, mon
         asked.append(kernel.unique)
     kernel.raw(kernel.packet(fuse.FALLOCATE, node, fuse.FALLOCATE_IN.pack(0, 16384, 4096, 3, 0)))
     asked.append(kernel.unique)
-    assert files.are_parked
+    assert files.parked_seconds is not None
     assert kernel.read(node, 0, 4) == (0, b"oooo")
     assert kernel.good(fuse.FSYNC, node, struct.pack("=QII", 0, 0, 0)) == b""
     files.try_parked()
@@ -277,12 +278,46 @@ def test_requests_that_find_no_room_wait_while_more_may_come(kernel: Kernel, mon
     files.try_parked()
     assert kernel.answers() == [(asked[0], 0)], "the second one waits, and the third one behind it"
     assert volume.data[:24576] == b"a" * 8192 + b"o" * 16384
+    now[0] += 6
+    kernel.raw(kernel.packet(fuse.WRITE, node, fuse.IO_IN.pack(0, 40960, 8192, 0, 0, 0, 0) + b"c" * 8192))
+    asked.append(kernel.unique)
+    files.try_parked()
+    assert kernel.answers() == [(asked[1], errno.ENOSPC), (asked[2], 0)], "the last one has only just come"
     hope[0] = False
     files.try_parked()
-    assert kernel.answers() == [(asked[1], errno.ENOSPC), (asked[2], 0)]
+    assert kernel.answers() == [(asked[3], errno.ENOSPC)]
     assert volume.data[:24576] == b"a" * 8192 + b"o" * 8192 + bytes(4096) + b"o" * 4096
-    assert not files.are_parked
+    assert files.parked_seconds is None
     assert kernel.write(node, 0, b"x" * 4096) == (errno.ENOSPC, 0), "without hope nothing waits"
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_the_rest_of_a_write_that_waits_for_room(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, comes: bool) -> None:
+    """Only one that is refused in the end fails the next fsync, and that one does, whatever was written meanwhile."""
+    volume, files, hope, room = kernel.volume, kernel.files, [True], [True]
+    write = volume.write
+
+    def spend(offset: int, data: memoryview) -> None:
+        if not room[0] and offset == 1 << 16:
+            raise VolumeFull("no room")
+        write(offset, data)
+
+    monkeypatch.setattr(volume, "write", spend)
+    files.hope = lambda waited: hope[0]
+    node, _ = kernel.lookup(fuse.ROOT_NODE, "volume")
+    assert kernel.open(node, os.O_RDWR)[0] == 0
+    sync = struct.pack("=QII", 0, 0, 0)
+    assert kernel.write(node, 0, b"a" * (1 << 16)) == (0, 1 << 16)
+    room[0] = False
+    kernel.raw(kernel.packet(fuse.WRITE, node, fuse.IO_IN.pack(0, 1 << 16, 4096, 0, 0, 0, 0) + b"b" * 4096))
+    waits = kernel.unique
+    assert kernel.ask(fuse.FSYNC, node, sync)[0] == 0
+    for number in range(100):
+        assert kernel.write(node, 300_000 + 5000 * number, b"x" * 4096)[0] == 0
+    room[0], hope[0] = comes, False
+    files.try_parked()
+    assert kernel.answers() == [(waits, 0 if comes else errno.ENOSPC)]
+    assert kernel.ask(fuse.FSYNC, node, sync)[0] == (0 if comes else errno.ENOSPC)
 
 
 def test_one_who_has_the_volume_for_himself(kernel: Kernel) -> None:
@@ -658,10 +693,12 @@ def test_what_cannot_be_spliced_is_copied(volume: Volume, why: str) -> None:
 
 @pytest.mark.parametrize(("code", "said"), [(errno.ENOENT, 0), (errno.EIO, 1)])
 def test_a_spliced_answer_that_is_not_taken(volume: Volume, code: int, said: int) -> None:
-    """Whoever asked may be gone; anything else is noted.  Nothing is sent twice."""
+    """Whoever asked may be gone; else he still waits, and gets a copy."""
     volume.place = (77, 0)
     with spliced(volume, OSError(code, "not taken")) as (kernel, _):
         kernel.raw(kernel.packet(fuse.READ, fuse.VOLUME_NODE, fuse.IO_IN.pack(0, 0, 100_000, 0, 0, 0, 0)))
+        if said:
+            assert kernel.answer() == (0, bytes(volume.data[:65536]))
         assert kernel.silent()
         assert len(kernel.log) == said
 

@@ -11,14 +11,14 @@ from extsnap.serve.growing import Growing
 
 
 class Files:
-    """Requests that wait; `tried` holds at each attempt whether it was the last one."""
+    """Requests that wait; `tried` holds at each attempt whether it was the last one of the first of them."""
 
     def __init__(self) -> None:
-        self.are_parked, self.parked_since, self.lag, self.hope = True, 0.0, None, None
+        self.parked_seconds, self.lag, self.hope = 0.0, None, None
         self.tried: list[bool] = []
 
     def try_parked(self) -> None:
-        self.tried.append(self.hope is None or not self.hope())
+        self.tried.append(self.hope is None or not self.hope(self.parked_seconds))
 
     def acknowledge_late(self, reason: object) -> None:
         return None
@@ -53,19 +53,17 @@ class Growth:
 
 
 @pytest.fixture
-def turn(monkeypatch: pytest.MonkeyPatch):
-    """(a turn of the server, its files, growth, and the time)."""
-    now = [1.0]
-    monkeypatch.setattr(growing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+def turn():
+    """(a turn of the server, its files, growth)."""
     files, growth = Files(), Growth()
     config = SimpleNamespace(directory="/served", partition=0)
     served = Growing(SimpleNamespace(files=files, volume=SimpleNamespace(growth=growth), config=config))  # type: ignore[arg-type]
     served._grower = SimpleNamespace(mounted=True, limited=True, send=lambda request: True)  # type: ignore[assignment]
-    return served.turn, files, growth, now
+    return served.turn, files, growth
 
 
 def test_they_are_tried_with_every_piece_and_at_the_end_once_more(turn) -> None:
-    take_turn, files, growth, _ = turn
+    take_turn, files, growth = turn
     take_turn()
     take_turn()
     assert files.tried == [], "nothing has come yet"
@@ -80,15 +78,16 @@ def test_they_are_tried_with_every_piece_and_at_the_end_once_more(turn) -> None:
 
 def test_they_do_not_wait_for_ever(turn) -> None:
     """What the growth waits for may be one of them."""
-    take_turn, files, _, now = turn
+    take_turn, files, growth = turn
     take_turn()
-    now[0] += growing._PARKED_SECONDS
+    files.parked_seconds = growing._PARKED_SECONDS
     take_turn()
     assert files.tried == [True]
+    assert growth.hope, "one that has just come may wait"
 
 
 def test_they_are_refused_when_nothing_grows_any_more(turn) -> None:
-    take_turn, files, growth, _ = turn
+    take_turn, files, growth = turn
     growth.wishes.clear()
     take_turn()
     assert files.tried == [True]
