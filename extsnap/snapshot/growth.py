@@ -39,7 +39,7 @@ from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot.engine import HOLD_BYTES
 from extsnap.snapshot.store import NO_BLOCKS, Extents
-from extsnap.snapshot.vital import metadata_runs
+from extsnap.snapshot.vital import NEARLY, metadata_runs
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -277,10 +277,10 @@ class Growth:
         """Blocks to grow by now; 0, and when to look again, where there is enough."""
         engine = self._volume.require_engine()
         missing = self._missing() if self._wanted else 0
-        room = engine.room_for_data()
+        room = engine.room()
         keep = self._keep() if engine.snapshots else 0
         # Room for all that is to be preserved is often a few records short: not worth a growth of its own.
-        least = keep - keep // 16
+        least = keep - keep // NEARLY
         if self.limited:
             least = min(least, self.reserve.in_flight + self.reserve.chunk // 2)
         if room >= least and missing <= 0:

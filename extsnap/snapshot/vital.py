@@ -30,6 +30,8 @@ from extsnap.ondisk.journal import MAGIC, SIZE, JournalSuperblock
 from extsnap.ondisk.journal_tags import HEADER, BlockType, parse_tags
 from extsnap.sparsebits import SparseBits
 
+#: Room for all but so small a part of what is to be preserved is room for everything: nothing grows for less.
+NEARLY = 16
 #: Bytes that are kept at most where there is no journal.
 WITHOUT_JOURNAL = 8 << 20
 _DESCRIPTOR = np.frombuffer(HEADER.pack(MAGIC, BlockType.DESCRIPTOR, 0)[:8], np.uint64)[0]
@@ -120,7 +122,7 @@ class Vital:
             bits = to_preserve()
             self._count, self._total, self._asked = self.count(bits, owned), bits.total(), 0
         self._asked += 1
-        return self._count if room < self._total else 0
+        return self._count if room < self._total - self._total // NEARLY else 0
 
     def count_again(self, rows: int) -> None:
         """Other blocks may be to preserve now, in a volume with so many rows of bits."""

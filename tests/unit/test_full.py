@@ -469,7 +469,7 @@ def test_an_open_view_outlives_a_refusal() -> None:
     volume = opened(device)
     volume.create("one")
     then = volume.read(0, volume.size)
-    block = blocks_of_files(volume)[0]
+    block = next(iter(blocks_of_files(volume)))
     with volume.snapshots["one"].open() as view:
         assert view.read(4 * BLOCK) == then[: 4 * BLOCK]
         volume.back_to_rest()
@@ -488,7 +488,7 @@ def test_a_restore_of_a_served_volume_uses_all_of_the_room(kind: str) -> None:
     volume.create("one")
     then = volume.read(0, volume.size)
     volume.begin_serving()
-    blocks = blocks_of_files(volume)
+    blocks = list(blocks_of_files(volume))
     for block in blocks:
         volume.write(block * BLOCK, b"\xee" * BLOCK)
     volume.flush()
