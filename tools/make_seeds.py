@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 import disks  # noqa: E402
 import hostile  # noqa: E402
 import lab  # noqa: E402
-from hostile import BLOCK, LAYOUTS, PARSERS  # noqa: E402
-from lab import MemoryDevice  # noqa: E402
+from hostile import LAYOUTS, PARSERS  # noqa: E402
+from lab import BLOCK, MemoryDevice  # noqa: E402
 
 from extsnap.ext.filesystem import Filesystem  # noqa: E402
 from extsnap.ondisk.journal import MAGIC  # noqa: E402
