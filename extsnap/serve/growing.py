@@ -48,6 +48,7 @@ class Growing:
         self._poll: select.poll | None = None
         self._watching = False
         self._told_mounted = False
+        self._asked_for_parked = False
         self._next_late: float | None = None
         self._holders: dict[int, _Holder] = {}
 
@@ -139,12 +140,16 @@ class Growing:
         if not self._watching:
             self._watching = self._tell(self._where(growth))
         if grower.mounted != growth.mounted:
-            growth.mounted = self._told_mounted = grower.mounted
+            self._told_mounted = grower.mounted
             growth.limited = grower.limited
-            growth.look_again()
+            growth.is_mounted(grower.mounted)
         files.lag = growth.lag if growth.mounted else None
         growth.hope = growth.mounted
         files.hope = lambda waited: growth.hope and waited < _PARKED_SECONDS
+        waits = files.parked_seconds is not None
+        if waits and not self._asked_for_parked:
+            growth.look_again()  # the filesystem may have more to give by now
+        self._asked_for_parked = waits
         stepped = growth.at_work
         try:
             request = growth.step() if stepped else growth.due()

@@ -141,7 +141,7 @@ def open_session(image: str, *, writable: bool, partition: int | None = None, un
             return Session(image, client=None, volume=volume)
         volume.close()
         if not attempts:
-            raise _GaveUp(place.name)
+            raise _GaveUp.of(place.name)
         try:
             _recover(place)
         except (NeedsRecovery, VolumeFull) as error:
@@ -199,12 +199,16 @@ class _GaveUp(NeedsRecovery):
         reason: Why, in its own words; may be empty.
     """
 
-    def __init__(self, name: str, reason: str = "") -> None:
-        super().__init__(
+    reason = ""
+
+    @classmethod
+    def of(cls, name: str, reason: str = "") -> _GaveUp:
+        error = cls(
             f"{name}: e2fsck -p could not recover the filesystem" + (f": {reason}" if reason else ""),
             hint=f"run extsnap run {name} -- e2fsck -fy {{}}, or extsnap restore --no-safety {name} SNAPSHOT",
         )
-        self.reason = reason
+        error.reason = reason
+        return error
 
 
 def _reason(done: subprocess.CompletedProcess[str], directory: str) -> str:
@@ -224,7 +228,7 @@ def _replay(name: str, keeper: ControlClient, directory: str) -> None:
     """
     _preen(name, directory)
     if not keeper.call("server.recovered").get("clean"):
-        raise _GaveUp(name)
+        raise _GaveUp.of(name)
 
 
 def _preen(name: str, directory: str) -> None:
@@ -235,7 +239,7 @@ def _preen(name: str, directory: str) -> None:
     """
     done = tools.run("e2fsck", "-p", os.path.join(directory, "volume"), ok=None)
     if not 0 <= done.returncode <= moment.REPAIRED_MAX:
-        raise _GaveUp(name, _reason(done, directory))
+        raise _GaveUp.of(name, _reason(done, directory))
 
 
 def _recover(place: Place, *, always: bool = False) -> None:

@@ -150,6 +150,7 @@ class Growth:
     Attributes:
         reserve: See the module.
         mounted: Whether there is a mount to grow through.
+        exhausted: Whether the filesystem had nothing more to give, when it was asked last.
         limited: Whether the kernel keeps the dirty pages of that mount within the reserve.  Where it cannot (before
             Linux 6.2), all that is to be preserved is to have room in time, as far as it can be had.
         held_back: Whether nothing may be begun: somebody is about to freeze the filesystem.
@@ -165,7 +166,7 @@ class Growth:
         fs = volume.filesystem()
         self.reserve = Reserve.of(fs, volume.size)
         self._metadata = metadata_runs(fs)
-        self.mounted = False
+        self.mounted = self.exhausted = False
         self.limited = True
         self.held_back = False
         self.unsettled = self.kernel_edits = self.hope = False
@@ -244,6 +245,18 @@ class Growth:
         copies = engine.blocks_for(max(room, self._ahead))
         return engine.reserve() + engine.spared + copies + self._wanted - store.available
 
+    def is_mounted(self, mounted: bool) -> None:
+        """The kernel has mounted the served volume, or not any more."""
+        self.mounted = mounted
+        if mounted:
+            self._exhaust(False)
+        self.look_again()
+
+    def _exhaust(self, exhausted: bool) -> None:
+        if exhausted != self.exhausted:
+            self.exhausted = exhausted
+            self._volume.watch()
+
     def settled(self) -> None:
         """Everything that the kernel knows is at home, as in a filesystem that is frozen."""
         self.unsettled = self.under_way
@@ -251,6 +264,7 @@ class Growth:
     def shrink(self) -> None:
         """Give back what is not worth keeping, as soon as that can be: something was deleted."""
         self._shrink = True
+        self._exhaust(False)
         self.look_again()
 
     def due(self) -> dict[str, Any] | None:
@@ -339,6 +353,7 @@ class Growth:
             return str(answer.get("error", ""))
         if not answer.get("extents"):
             self._pause()
+            self._exhaust(True)
             return ""
         rows = np.array(answer["extents"], np.int64).reshape(-1, 3)
         wrong, new = self._verify(rows, cookie if answer.get("filled") else None)
@@ -346,6 +361,7 @@ class Growth:
             self._pause()
             return f"the growth of the store was not used: {wrong}"
         count = int(new[:, 2].sum())
+        self._exhaust(not count)
         if not count:
             self._pause()
             return ""

@@ -158,9 +158,9 @@ def _let_repair_through(volume: Volume) -> None:
 
 
 def watch(volume: Volume) -> None:
-    """While writes come from above and there are snapshots, a warden judges them, and room is kept for metadata.
+    """While writes come from above and there are snapshots, a warden judges them; a replay is exempt.
 
-    A replay is exempt from both.
+    Where the kernel has mounted it and the store cannot grow any more, room is kept for metadata.
     """
     if volume.growth is None and volume.serving and not volume.needs_replay and volume.engine is not None:
         volume.growth = Growth(volume)
@@ -174,7 +174,9 @@ def watch(volume: Volume) -> None:
         else:
             volume.warden.locate()
         engine = volume.require_engine()
-        if volume.vital is None and engine.spared:
+        if volume.growth is None or not volume.growth.exhausted:
+            volume.vital = None
+        elif volume.vital is None:
             with contextlib.suppress(ExtsnapError):  # a filesystem that a repair is about to mend
                 fs = volume.filesystem(lenient=True)
                 volume.vital = Vital(fs, engine.rows, engine.row_bytes, engine.shift)

@@ -190,7 +190,8 @@ def make_room_for(volume: Volume, *, consistency: fmt.Consistency = fmt.Consiste
             bits = preserved_now(volume, consistency)
             tables = table_blocks(volume, bits) + edit.MINIMUM_ROOM
             wanted = engine.reserve() + tables
-            if volume.in_use:  # whoever has it mounted would lose all of it with the first write of metadata
+            if volume.growth is not None and volume.growth.exhausted:
+                # Without it the kernel would have to stop with the first write of metadata.
                 wanted += engine.blocks_for(_vital_with(volume, bits))
             if store.available >= wanted:
                 return bits

@@ -1,4 +1,4 @@
-"""Room that is kept for the filesystem's metadata while a volume is written from above.
+"""Room that is kept for the metadata of a mounted filesystem once the store cannot grow any more.
 
 A write of data that finds no room for a copy fails, and whoever wrote it hears of that at its fsync.  If a write of
 metadata fails, the kernel stops the journal, and nothing at all can be written any more (without a journal, the

@@ -578,6 +578,10 @@ class Volume:
             raise
         self.copied_before -= int(runs[:, 1].sum())
 
+    def watch(self) -> None:
+        """Who writes from above has changed: see `served.watch`."""
+        served.watch(self)
+
     def count_room(self, blocks: int) -> None:
         """The store has so many free blocks more, by growth: that is no sign of how much a session uses."""
         self.copied_before += blocks
@@ -845,7 +849,7 @@ class Volume:
         if self.engine is not None:
             self.engine.resize(self.size)
             self.vital = None  # metadata may be elsewhere
-            served.watch(self)
+            self.watch()
 
     def begin_serving(
         self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False

@@ -169,14 +169,15 @@ def full(top: Path, cli: Cli) -> tuple[Path, dict[str, Path]]:
     directory.mkdir()
     cli("attach", image, directory)
     try:
+        # Before the kernel has it, which is when some of the room would be kept for metadata.
+        with (directory / "volume").open("r+b", buffering=0) as volume:
+            while (spare := room(cli, image) - 256) > 0:
+                for block in blocks[:spare]:
+                    os.pwrite(volume.fileno(), b"\xa5" * 1024, block * 1024)
+                os.fsync(volume.fileno())
+                del blocks[:spare]
         with oracle.mounted(directory / "volume", writable=True) as mount:
             (mount / "f0000").touch()
-            with (directory / "volume").open("r+b", buffering=0) as volume:
-                while (spare := room(cli, image) - 256) > 0:
-                    for block in blocks[:spare]:
-                        os.pwrite(volume.fileno(), b"\xa5" * 1024, block * 1024)
-                    os.fsync(volume.fileno())
-                    del blocks[:spare]
             for name in files:
                 os.chmod(mount / name, 0o600)
             file = os.open(mount / "f0000", os.O_RDONLY)

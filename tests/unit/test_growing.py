@@ -30,7 +30,7 @@ class Growth:
     def __init__(self) -> None:
         self.mounted = self.limited = self.hope = False
         self.wishes: list[dict[str, object]] = [{"do": "grow"}]
-        self.is_coming, self.pieces = False, 0
+        self.is_coming, self.pieces, self.looked = False, 0, 0
         self.reserve = SimpleNamespace(dirty_bytes=1, cached_bytes=1)
 
     @property
@@ -45,8 +45,11 @@ class Growth:
         self.is_coming = self.is_coming or bool(self.wishes)
         return self.wishes.pop() if self.wishes else None
 
+    def is_mounted(self, mounted: bool) -> None:
+        self.mounted = mounted
+
     def look_again(self) -> None:
-        pass
+        self.looked += 1
 
     def lag(self) -> float:
         return 0.0
@@ -91,3 +94,5 @@ def test_they_are_refused_when_nothing_grows_any_more(turn) -> None:
     growth.wishes.clear()
     take_turn()
     assert files.tried == [True]
+    take_turn()
+    assert growth.looked == 1, "the filesystem is asked once more, not in each turn"
