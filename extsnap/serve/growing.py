@@ -142,7 +142,7 @@ class Growing:
         if grower.mounted != growth.mounted:
             self._told_mounted = grower.mounted
             growth.limited = grower.limited
-            growth.is_mounted(grower.mounted)
+            growth.note_mount(grower.mounted)
         files.lag = growth.lag if growth.mounted else None
         growth.hope = growth.mounted
         files.hope = lambda waited: growth.hope and waited < _PARKED_SECONDS

@@ -262,7 +262,7 @@ def _damaged(
     bad = [np.zeros(0, np.int64)]
     for low in range(0, len(which), PIECE_BLOCKS):
         part = which[low : low + PIECE_BLOCKS]
-        found = np.array([fmt.crc(copy) for copy in store.read_blocks(logical[part])], np.uint32)
+        found = fmt.crcs(store.read_blocks(logical[part]))
         bad.append(part[found != records.crcs[crc_at[part]]])
     wrong = np.concatenate(bad)
     wrong = wrong[np.lexsort((blocks[wrong], masks[wrong]))]

@@ -789,7 +789,7 @@ class Engine:
         if len(blocks):
             copy = store.logical(blocks)
             content = store.read_blocks(copy)
-            filled: npt.NDArray[np.bool_] = np.asarray(content.view(np.uint64).any(axis=1))
+            filled = filled_rows(content)
             crcs = fmt.crcs(content[filled])
             store.mark_used(copy[filled])
             copy[~filled] = fmt.ZERO_COPY

@@ -245,7 +245,7 @@ class Growth:
         copies = engine.blocks_for(max(room, self._ahead))
         return engine.reserve() + engine.spared + copies + self._wanted - store.available
 
-    def is_mounted(self, mounted: bool) -> None:
+    def note_mount(self, mounted: bool) -> None:
         """The kernel has mounted the served volume, or not any more."""
         self.mounted = mounted
         if mounted:
@@ -372,7 +372,7 @@ class Growth:
         if len(needed) > MOST_ADOPTED * count:
             # Adopting it would take the free space for next to no room.  The rest is taken, what snapshots need goes
             # back, and the next request is for more: the kernel looks at the same place first.
-            back = _longest(graft.whole_units(runs_of(_logical(new, np.sort(needed))), self._unit), PUNCH_RUNS)
+            back = _longest(graft.whole_units(runs_of(_logical(new, needed)), self._unit), PUNCH_RUNS)
             rest = graft.keep_logical(new, _between(back))
             self._grant = _Grant(_pieces(rest) if len(rest) else [], back)
             self._greed = min(2 * self._greed, GREED_MOST)

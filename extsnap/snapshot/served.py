@@ -54,8 +54,7 @@ def begin(volume: Volume, *, grow: bool = True, set_up: bool = False, repair: bo
     volume.serving = True
     volume.warned.clear()
     if volume.engine is not None:
-        # Neither that nor room for metadata is kept where a replay may need it all.
-        volume.engine.spared = edit.MINIMUM_ROOM if grow and not volume.needs_replay else 0
+        volume.engine.spared = edit.MINIMUM_ROOM if grow and not volume.needs_replay else 0  # a replay may need it all
         volume.copied_before = volume.require_store().available
         if volume.engine.snapshots:
             volume.open_header()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import images
@@ -12,6 +11,7 @@ import pytest
 import variants
 from arena import arena
 from journey import Journey, refusal
+from shares import commit, share
 
 import extsnap
 from extsnap.blockdev.image import ImageFile
@@ -23,19 +23,12 @@ from extsnap.ondisk.superblock import State
 COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "EXT4-COVERAGE.md"
 
 
-def some() -> list[str]:
-    """All kinds; in CI one in four, which ones the commit decides."""
-    names = list(variants.VARIANTS)
-    if not os.environ.get("EXTSNAP_CI"):
-        return names
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=COVERAGE.parent, capture_output=True, text=True, check=False
-    )
-    return names[int(done.stdout.strip() or "0", 16) % 4 :: 4]
+#: In CI one kind in four, which ones the commit decides.
+KINDS = share(list(variants.VARIANTS), 4, commit()) if os.environ.get("EXTSNAP_CI") else list(variants.VARIANTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some())
+@pytest.mark.parametrize("name", KINDS)
 def test_the_journey(name: str) -> None:
     variant = variants.VARIANTS[name]
     with arena() as scratch:

@@ -489,7 +489,7 @@ def test_a_restore_of_a_served_volume_uses_all_of_the_room(kind: str) -> None:
     then = volume.read(0, volume.size)
     volume.begin_serving()
     assert volume.growth is not None
-    volume.growth.is_mounted(True)
+    volume.growth.note_mount(True)
     volume.growth._wanted = volume.store.available
     assert volume.growth.due() is not None
     volume.growth.take({"do": "grow", "error": "", "extents": []})
@@ -499,7 +499,7 @@ def test_a_restore_of_a_served_volume_uses_all_of_the_room(kind: str) -> None:
         volume.write(block * BLOCK, b"\xee" * BLOCK)
     volume.flush()
     volume.verb("restore", name="one")
-    volume.growth.is_mounted(False)
+    volume.growth.note_mount(False)
     assert all(volume.read(block * BLOCK, BLOCK) == then[block * BLOCK : (block + 1) * BLOCK] for block in blocks)
     assert volume.end_serving()
     assert not lab.complaint(device.content)

@@ -45,7 +45,7 @@ class Growth:
         self.is_coming = self.is_coming or bool(self.wishes)
         return self.wishes.pop() if self.wishes else None
 
-    def is_mounted(self, mounted: bool) -> None:
+    def note_mount(self, mounted: bool) -> None:
         self.mounted = mounted
 
     def look_again(self) -> None:
