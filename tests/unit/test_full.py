@@ -270,6 +270,31 @@ def test_an_open_view_keeps_its_snapshot() -> None:
     assert not lab.complaint(device.content)
 
 
+def test_a_punch_is_refused_whole() -> None:
+    """There is room for the copies of its first block, not for all: neither the ragged ends nor the middle are done."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    volume, _ = small(device, snapshots=1)
+    blocks = np.array(list(blocks_of_files(volume)))
+    first, length = max(lab.runs(blocks), key=lambda run: run[1])
+    others = blocks[(blocks < first) | (blocks > first + 100)].tolist()
+    for block in others:
+        if volume.require_engine().room() <= 20:
+            break
+        volume.write(block * BLOCK, random.Random(block).randbytes(BLOCK))
+    assert length > 100
+    assert 2 <= volume.require_engine().room() <= 20
+    before, then = volume.read(0, volume.size), volume.open_view("s0").pread(0, volume.size)
+    with pytest.raises(VolumeFull):
+        volume.punch(first * BLOCK + 100, 100 * BLOCK)
+    assert volume.read(0, volume.size) == before
+    assert volume.open_view("s0").pread(0, volume.size) == then
+    volume.delete(["s0"])
+    volume.punch(first * BLOCK + 100, 100 * BLOCK)
+    assert not any(volume.read(first * BLOCK + 100, 100 * BLOCK))
+    assert volume.end_serving()
+    assert not lab.complaint(device.content)
+
+
 def test_an_atomic_run_keeps_its_way_back() -> None:
     """It is the oldest, and needs every copy: the write is refused, and nothing goes."""
     volume, _ = small(MemoryDevice(lab.plain_image("ext2")), snapshots=0)
