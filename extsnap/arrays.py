@@ -90,8 +90,14 @@ def runs_of(sorted_values: npt.NDArray[Any]) -> Ints:
     """Runs of consecutive integers in a sorted, duplicate-free array: int64[n, 2] of (start, length)."""
     if not len(sorted_values):
         return np.zeros((0, 2), np.int64)
-    first, length = breaks_to_runs(np.diff(sorted_values, prepend=sorted_values[0] - 2) != 1, 1 << 62)
-    return np.stack([sorted_values[first].astype(np.int64), length], axis=1)
+    breaks = np.flatnonzero(sorted_values[1:] - sorted_values[:-1] != 1)
+    bounds = np.empty(len(breaks) + 2, np.int64)
+    bounds[0], bounds[-1] = 0, len(sorted_values)
+    np.add(breaks, 1, out=bounds[1:-1])
+    runs = np.empty((len(breaks) + 1, 2), np.int64)
+    runs[:, 0] = sorted_values[bounds[:-1]]
+    np.subtract(bounds[1:], bounds[:-1], out=runs[:, 1])
+    return runs
 
 
 def merge_runs(runs: Ints) -> Ints:

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests"), str(Path(__file__).resolve().parent)]
 
 import campaigns  # noqa: E402
+import lab  # noqa: E402
 from campaigns.report import Campaign, Report  # noqa: E402
 
 
@@ -53,6 +54,7 @@ def main() -> int:
         parser.error(f"no such campaign: {', '.join(unknown)}; there are {', '.join(campaigns.NAMES)}")
     if (options.replay or options.part) and len(names) != 1:
         parser.error("--replay and --part take the name of one campaign")
+    lab.keep_memory()
     chosen = [campaigns.load(name) for name in names]
     for part in options.part or ():
         if part not in chosen[0].parts:

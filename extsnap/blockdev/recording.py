@@ -226,10 +226,36 @@ def crash_state(
     initial: Buffer, log: Sequence[Operation], point: int, seed: int, *, superblocks: Iterable[int] = PRIMARY
 ) -> CrashState:
     """One state again, by its point and seed; see `crash_states`."""
-    medium = _Medium(initial, superblocks)
-    for operation in log[:point]:
-        medium.issue(operation)
-    return CrashState(point, seed, medium.cut(seed))
+    return Cuts(initial, log, superblocks=superblocks).state(point, seed)
+
+
+class Cuts:
+    """Any states of one record, by their points and seeds, quickest in the order of the points; see `crash_states`.
+
+    Args:
+        initial: The medium when recording began.
+        log: The record, which may still grow.
+        superblocks: Byte offsets of all superblocks, primary and backups.
+    """
+
+    def __init__(self, initial: Buffer, log: Sequence[Operation], *, superblocks: Iterable[int] = PRIMARY) -> None:
+        self._initial = initial
+        self._log = log
+        self._superblocks = list(superblocks)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._medium = _Medium(self._initial, self._superblocks)
+        self._issued = 0
+
+    def state(self, point: int, seed: int) -> CrashState:
+        """The state of a cut after ``point`` operations."""
+        if point < self._issued:
+            self._begin()
+        for operation in self._log[self._issued : point]:
+            self._medium.issue(operation)
+        self._issued = max(self._issued, point)
+        return CrashState(point, seed, self._medium.cut(seed))
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,8 @@ class _Try:
         """The medium that the command finds, and where the power cut was that it recovers from."""
         if self.command.startswith("recover "):
             point = (self.step.first + self.step.last) // 2
-            return bytes(self.life.state(point, NOTHING).content), point
-        return bytes(self.life.state(self.step.first, EVERYTHING).content), None
+            return _medium(self.part, point, NOTHING), point
+        return _medium(self.part, self.step.first, EVERYTHING), None
 
     def action(self) -> Action:
         """What the command does to an open volume."""
@@ -287,6 +287,12 @@ class _Try:
         base = volume.read(0, volume.size)
         assert self.device.failures == 1
         life.judge_content(self.device.medium_after_power_cut(), step, base=base)
+
+
+@functools.lru_cache(maxsize=2)
+def _medium(part: str, point: int, seed: int) -> bytes:
+    """A medium of a life: faults of one command come one after the other."""
+    return bytes(life_of(part).state(point, seed).content)
 
 
 @functools.cache

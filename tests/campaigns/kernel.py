@@ -32,7 +32,7 @@ from campaigns.recorded import NOTHING, Fsck, repaired
 from campaigns.report import Report
 from extsnap.blockdev.base import Buffer
 from extsnap.blockdev.image import ImageFile
-from extsnap.blockdev.recording import CrashState, MemoryDevice, Operation, crash_state, crash_states
+from extsnap.blockdev.recording import CrashState, Cuts, MemoryDevice, Operation, crash_states
 from extsnap.errors import NeedsRecovery
 from extsnap.ext.locate import locate
 from extsnap.serve import session
@@ -399,8 +399,9 @@ def run(report: Report, part: str, cases: int, rng: random.Random) -> None:
     """Cut a session at random, and just where an fsync had returned, all that was not flushed being lost."""
     recording = recording_of(part)
     promised = sorted({promise.made for promise in recording.promises})
-    for number, point in enumerate(rng.sample(promised, min(cases // 3, len(promised)))):
-        _case(report, recording, _cut(recording, point, NOTHING), number)
+    cuts = _cuts(recording)
+    for number, point in enumerate(sorted(rng.sample(promised, min(cases // 3, len(promised))))):
+        _case(report, recording, cuts.state(point, NOTHING), number)
     cases -= cases // 3
     everywhere = range(len(recording.log) + 1)
     points = sorted(rng.sample(everywhere, min(cases, len(everywhere))))
@@ -428,12 +429,12 @@ def _kept(part: str) -> Path:
     return Path(__file__).parents[2] / ".cache" / "campaigns" / f"{part}.pickle"
 
 
-def _cut(recording: Recording, point: int, seed: int) -> CrashState:
-    return crash_state(recording.initial, recording.log, point, seed, superblocks=recording.superblocks)
+def _cuts(recording: Recording) -> Cuts:
+    return Cuts(recording.initial, recording.log, superblocks=recording.superblocks)
 
 
 def replay(report: Report, part: str, point: int, seed: int) -> None:
     """One cut again, of the record that was kept when it failed; without one, of a new session of the same load."""
     recording = pickle.loads(_kept(part).read_bytes()) if _kept(part).exists() else recording_of(part)
     with report.case(f"{part}:{point}:{seed}", "under the kernel"):
-        judge(recording, point, bytes(_cut(recording, point, seed).content), show=True)
+        judge(recording, point, bytes(_cuts(recording).state(point, seed).content), show=True)
