@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,13 @@ _Item = TypeVar("_Item")
 def share(items: Sequence[_Item], parts: int, number: int) -> list[_Item]:
     """One part of a list of ``parts``, which have all of it; as many numbers in a row are all of them."""
     return list(items[number % parts :: parts])
+
+
+def taken(items: Sequence[_Item], parts: int) -> Sequence[_Item]:
+    """In CI one part of ``parts``, elsewhere all of them; also for a sabotage, which names what must catch it."""
+    if os.environ.get("EXTSNAP_CI") and not os.environ.get("EXTSNAP_MUTANT"):  # tools/test, tools/mutants
+        return share(items, parts, commit())
+    return items
 
 
 def commit() -> int:

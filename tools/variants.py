@@ -47,6 +47,7 @@ class Variant:
         fragments: Files of one cluster, every second of which is removed again: free space is left between them.
         script: debugfs commands before the files are written.
         then: Commands on the image afterwards; ``{}`` is its path.
+        last: Commands when e2fsck has put it in order.
         refused: What the error says where extsnap cannot serve it, else empty.
     """
 
@@ -65,6 +66,7 @@ class Variant:
     fragments: int = 0
     script: tuple[str, ...] = ()
     then: tuple[tuple[str, ...], ...] = ()
+    last: tuple[tuple[str, ...], ...] = ()
     refused: str = ""
 
     @property
@@ -204,7 +206,9 @@ VARIANTS: dict[str, Variant] = {
     "orphan-file": Variant("orphan_file", features="orphan_file"),
     "quota": Variant("quota", features="quota"),
     "project": Variant("quota with project", features="quota,project"),
-    "mmp": Variant("mmp", features="mmp", extended=("mmp_update_interval=1",)),
+    "mmp": Variant(  # at the end: every program that writes to one waits for eleven seconds
+        "mmp", last=(("tune2fs", "-O", "mmp", "-E", "mmp_update_interval=1", "{}"),)
+    ),
     "fast-commit": Variant("fast_commit", features="fast_commit", journal="size=4", kibibytes=30_000),
     "stable-inodes": Variant("stable_inodes", features="stable_inodes"),
     "journal-1": Variant("journal superblock of version 1", "ext3", script=("zap_block -f <8> -o 7 -l 1 -p 3 0",)),
@@ -300,6 +304,8 @@ def build(name: str, variant: Variant, path: Path) -> None:
         tool(*(word.format(path) for word in command))
     if not variant.refused:
         _put_in_order(path, packed=bool(variant.crowd))
+        for command in variant.last:
+            tool(*(word.format(path) for word in command))
         tool("e2fsck", "-fn", str(path))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import images
@@ -11,7 +10,7 @@ import pytest
 import variants
 from arena import arena
 from journey import Journey, refusal
-from shares import commit, share
+from shares import taken
 
 import extsnap
 from extsnap.blockdev.image import ImageFile
@@ -24,7 +23,7 @@ COVERAGE = Path(__file__).resolve().parents[2] / "docs" / "EXT4-COVERAGE.md"
 
 
 #: In CI one kind in four, which ones the commit decides.
-KINDS = share(list(variants.VARIANTS), 4, commit()) if os.environ.get("EXTSNAP_CI") else list(variants.VARIANTS)
+KINDS = taken(list(variants.VARIANTS), 4)
 
 
 @pytest.mark.slow

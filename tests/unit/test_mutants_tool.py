@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shares import taken
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "mutants"
 
@@ -65,6 +66,16 @@ def test_as_many_shares_are_all(mutants):
     found = [mutants.share(list(range(10)), 3, number) for number in (7, 8, 9)]
     assert sorted(name for part in found for name in part) == list(range(10))
     assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_ci_takes_a_part_and_a_sabotage_has_all(monkeypatch):
+    for variable, length in (("EXTSNAP_CI", 4), ("EXTSNAP_MUTANT", 12)):
+        monkeypatch.delenv("EXTSNAP_MUTANT", raising=False)
+        monkeypatch.delenv("EXTSNAP_CI", raising=False)
+        assert len(taken(range(12), 3)) == 12
+        monkeypatch.setenv("EXTSNAP_CI", "true")
+        monkeypatch.setenv(variable, "1")
+        assert len(taken(range(12), 3)) == length
 
 
 def test_lines_are_replaced_with_their_indentation(mutants):
