@@ -20,14 +20,12 @@ for _directory in (HERE, HERE.parent / "tools"):
         sys.path.insert(0, str(_directory))
 
 import images  # noqa: E402
-import lab  # noqa: E402
 import oracle  # noqa: E402
 import program  # noqa: E402
 
 CI = any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in ("CI", "EXTSNAP_CI"))  # tools/test
 # The tests run e2fsprogs by name; for an ordinary user these directories may be missing.
 os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-lab.keep_memory()
 
 
 def why_no_system_tests() -> str | None:

@@ -5,7 +5,6 @@ Everything here that says what a volume *is* (`survey`) comes from dumpe2fs and 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -39,16 +38,25 @@ _ENVIRONMENT = {
 }
 
 
-def keep_memory() -> None:
+@contextmanager
+def kept_memory() -> Iterator[None]:
     """Let this process keep the memory that it frees.
 
     Whole images come and go in campaigns by the thousand.  The C library gives blocks of this size back at once, and
     asks for them anew: to fill the pages of a copy took ten times as long as to copy it.
     """
-    with contextlib.suppress(AttributeError, OSError):  # another C library, another way
-        library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, 32 << 20)
-        library.mallopt(_TRIM_THRESHOLD, 64 << 20)
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "malloc_trim"):  # another C library, another way
+        yield
+        return
+    library.mallopt(_MMAP_THRESHOLD, 32 << 20)
+    library.mallopt(_TRIM_THRESHOLD, 64 << 20)
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(_TRIM_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
 
 
 class MemoryDevice:

@@ -54,12 +54,12 @@ def main() -> int:
         parser.error(f"no such campaign: {', '.join(unknown)}; there are {', '.join(campaigns.NAMES)}")
     if (options.replay or options.part) and len(names) != 1:
         parser.error("--replay and --part take the name of one campaign")
-    lab.keep_memory()
     chosen = [campaigns.load(name) for name in names]
     for part in options.part or ():
         if part not in chosen[0].parts:
             parser.error(f"{names[0]} has no part {part}; it has {', '.join(chosen[0].parts)}")
-    found_nothing = [run(campaign, options) for campaign in chosen]
+    with lab.kept_memory():
+        found_nothing = [run(campaign, options) for campaign in chosen]
     return 0 if all(found_nothing) else 1
 
 
