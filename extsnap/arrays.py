@@ -50,9 +50,12 @@ def breaks_to_runs(new_run: npt.NDArray[np.bool_], maximum: int) -> tuple[Ints, 
     start = new_run.copy()
     start[0] = True
     first = np.flatnonzero(start)
-    within = np.arange(count) - np.repeat(first, np.diff(np.append(first, count)))
-    first = np.flatnonzero(within % maximum == 0)
-    return first.astype(np.int64), np.diff(np.append(first, count)).astype(np.int64)
+    length = np.diff(first, append=count)
+    if count > maximum and length.max() > maximum:
+        within = np.arange(count) - np.repeat(first, length)
+        first = np.flatnonzero(within % maximum == 0)
+        length = np.diff(first, append=count)
+    return first.astype(np.int64, copy=False), length.astype(np.int64, copy=False)
 
 
 def distinct(values: npt.NDArray[Any]) -> Ints:

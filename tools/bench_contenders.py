@@ -68,7 +68,8 @@ class Raw:
 
     name = RAW
 
-    def __init__(self, pristine: Path, directory: Path, *, direct_io: bool = False) -> None:
+    def __init__(self, pristine: Path, directory: Path, *, direct_io: bool = False, sparse: bool = False) -> None:
+        self.sparse = sparse
         self.image = directory / f"{self.name}.img"
         self.directory = directory / self.name
         self.directory.mkdir(exist_ok=True)
@@ -77,7 +78,7 @@ class Raw:
 
     def make(self, pristine: Path) -> None:
         """Bring the image about, with its snapshot."""
-        run("cp", "--sparse=always", pristine, self.image)
+        run("cp", f"--sparse={'always' if self.sparse else 'never'}", pristine, self.image)
 
     @contextlib.contextmanager
     def file(self, snapshot: bool = False) -> Iterator[Path]:
@@ -111,6 +112,8 @@ class Peer(Raw):
         """Convert, and take the snapshot."""
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", pristine, self.image)
         run("qemu-img", "snapshot", "-c", SNAPSHOT, self.image)
+        if not self.sparse:  # clusters are taken one after the other, so they will come from what is written here
+            write_zeros(self.image, self.image.stat().st_size, pristine.stat().st_size)
 
     def show_snapshot(self) -> None:
         """From now on the image is what the snapshot was: that is how a qcow2's internal snapshot can be served."""
@@ -178,6 +181,17 @@ class Ours(Raw):
             yield place
         finally:
             run(EXTSNAP, "umount", place)
+
+
+def write_zeros(path: Path, first: int, last: int) -> None:
+    """Make a file longer, by zeros that are really written."""
+    zeros = bytes(1 << 20)
+    with path.open("r+b") as file:
+        file.seek(first)
+        while (left := last - file.tell()) > 0:
+            file.write(zeros[:left])
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def forget(path: Path) -> None:

@@ -9,8 +9,9 @@
     a superblock          medium, freed of guard, mark and pointer
 
 What is durable when (`commit`, run by a full hold, by `flush` and by every command):
- 1. old content -> copy blocks, records -> log; nothing else changed yet.  Long runs are shared by the host where it
-    can (reflink): until the barrier such a copy may be missing after a crash like one that was written
+ 1. old content -> copy blocks, much of it while writes still come (`extsnap.snapshot.copies`), records -> log;
+    nothing else changed yet.  Long runs are shared by the host where it can (reflink): until the barrier such a copy
+    may be missing after a crash like one that was written
  2. barrier                   a crash before it leaves a batch that may be valid with copies that are not;
                               then the base blocks still are what the batch's checksums say (nothing was overwritten)
  3. overwrites of the base    a crash from here on leaves any part of them, and every old block in its copy
@@ -42,10 +43,11 @@ from extsnap.arrays import (
     runs_of,
     set_positions,
 )
-from extsnap.blockdev.base import Buffer, flush_while, read_pieces, where
+from extsnap.blockdev.base import Buffer, read_pieces, where
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import hidden, limits
+from extsnap.snapshot.copies import Copies, records
 from extsnap.snapshot.hidden import Hidden
 from extsnap.snapshot.history import History
 from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
@@ -62,6 +64,8 @@ HOLD_ENTRIES = 16384
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
 #: The same with the second copy that every blob has, and its share of the table of parts.
 _INDEX_BYTES: int = 2 * _RECORD_BYTES + math.ceil(2 * BYTES_A_RECORD)
+#: So many bytes of held writes have what they need copied written at once, before the hold is committed.
+EARLY_BYTES = 4 << 20
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
 CRC_DTYPE = np.dtype("<u4")
@@ -109,6 +113,10 @@ class Engine:
         self._held: list[tuple[int, int, int]] = []  # (position, blocks, offset in the arena), in order of arrival
         self._held_bytes = 0
         self._held_cost = 0
+        self._copied = 0  # as many of the held entries have had what they need copied written
+        self._copied_bytes = 0  # up to there in the arena
+        self._copied_cost = 0  # of their cost
+        self._copies = Copies(self)
         self._overwrites_due = False
         self.recovered_batch: Level | None = None
         self.spared = 0
@@ -379,7 +387,7 @@ class Engine:
         """
         self.commit()
         positions = blocks + self.shift
-        old = self._content(blocks)
+        old = self.content(blocks)
         differs = differing_rows(new, old)
         if self.hidden.some:  # they read as zeros
             differs |= self.hidden.bits.test(positions)
@@ -440,7 +448,7 @@ class Engine:
 
     def reserve(self) -> int:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
-        folded: int = len(self.index) * _INDEX_BYTES
+        folded: int = (len(self.index) + self._copies.count) * _INDEX_BYTES
         history = self.history.table.nbytes + self.history.twins.nbytes
         tables = self.masks.count * self.masks.words * 8 + history + 64 * len(self.snapshots)
         tables = 2 * (tables + self.hidden.runs * fmt.RUN_DTYPE.itemsize)
@@ -452,7 +460,7 @@ class Engine:
     def room(self) -> int:
         """Copy blocks that can still be promised to writes; each brings a record that the next fold writes."""
         spare = max(0, self.store.available - self.reserve() - self.spared)
-        return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost
+        return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost + self._copied_cost
 
     def room_for_data(self) -> int:
         """The same for writes of data, which leave what metadata may need."""
@@ -465,7 +473,7 @@ class Engine:
     @property
     def left(self) -> int:
         """Free blocks of the store that no held write has a claim on."""
-        return self.store.available - self._held_cost
+        return self.store.available - self._held_cost + self._copied_cost
 
     @contextlib.contextmanager
     def own_edit(self) -> Iterator[None]:
@@ -610,6 +618,8 @@ class Engine:
             or self._held_cost + cost > self._batch_limit
         ):
             self.commit()
+        elif self._held_bytes - self._copied_bytes >= EARLY_BYTES:
+            self._copy_early()
         self._make_room(cost, self.needed_from(start, stop))
         at = self._held_bytes
         piece = self._arena[at : at + count * size]
@@ -640,7 +650,10 @@ class Engine:
         if not self._overwrites_due:
             held = np.array(self._held, np.int64)
             positions = distinct(expand(held[:, 0], held[:, 1]))
-            self.preserve(positions[self.need.test(positions)])
+            positions = positions[self.need.test(positions)]
+            self._copy(positions)
+            self.clear_need(positions)
+            self._copied = self._copied_bytes = self._copied_cost = 0
             self._held_cost = 0
             self._overwrites_due = True
         self._overwrite()
@@ -701,13 +714,29 @@ class Engine:
         """
         for low in range(0, len(positions), self._batch_limit):
             part = slice(low, low + self._batch_limit)
-            missing = self.missing(positions[part])
-            todo: npt.NDArray[np.bool_] = np.asarray(missing.any(axis=1))
-            if todo.any():
-                blocks = positions[part][todo] - self.shift
-                known = self._content(blocks) if old is None else old[part] if todo.all() else old[part][todo]
-                self._copy(blocks, missing[todo], known, meanwhile)
+            self._copy(positions[part], None if old is None else old[part], meanwhile)
             self.clear_need(positions[part])
+
+    def _copy(self, positions: Ints, old: Bits | None = None, meanwhile: Callable[[], None] | None = None) -> None:
+        try:
+            self._copies.write(positions, old)
+            self._copies.record(meanwhile)
+        except BaseException:
+            self._copies.forget()
+            self._copied = self._copied_bytes = self._copied_cost = 0
+            raise
+
+    def _copy_early(self) -> None:
+        """Write what the held writes need copied; the batch that records it is their commit's."""
+        held = np.array(self._held[self._copied :], np.int64)
+        positions = distinct(expand(held[:, 0], held[:, 1]))
+        try:
+            self._copies.write(positions[self.need.test(positions)])
+        except BaseException:
+            self._copies.forget()
+            self._copied = self._copied_bytes = self._copied_cost = 0
+            raise
+        self._copied, self._copied_bytes, self._copied_cost = len(self._held), self._held_bytes, self._held_cost
 
     def clear_need(self, positions: Ints) -> None:
         """No snapshot misses these sorted positions; what takes the slow path for another reason stays needed."""
@@ -717,7 +746,7 @@ class Engine:
         self.need.set(runs_of(positions[~kept]), False)
         self.need.set(runs_of(self._superblocks))
 
-    def _content(self, blocks: Ints) -> Bits:
+    def content(self, blocks: Ints) -> Bits:
         """What the medium has in sorted blocks, zeros behind the end of a ragged last one: uint8[n, block_size]."""
         size = self.block_size
         content = np.empty((len(blocks), size), np.uint8)
@@ -733,34 +762,13 @@ class Engine:
         read_pieces(self.medium, pieces)
         return content
 
-    def _copy(
-        self,
-        blocks: Ints,
-        missing: np.ndarray[tuple[int, int], np.dtype[np.uint64]],
-        old: Bits,
-        meanwhile: Callable[[], None] | None,
-    ) -> None:
-        mask = self.masks.intern(missing)
-        new_masks = self.masks.rows[self._masks_stored :]
-        filled = filled_rows(old)
-        logical = self.store.allocate(int(filled.sum()))
-        try:
-            copies = old if filled.all() else old[filled]
-            crcs = fmt.crcs(copies)
-            copy = np.full(len(blocks), fmt.ZERO_COPY, np.int64)
-            copy[filled] = logical
-            level = _records(blocks, copy, mask, crcs)
-            need = self.store.batch_bytes(len(new_masks), self.masks.words, len(level), len(crcs))
-            if self.store.log_position + need > self.store.log_bytes:
-                self.fold()
-                new_masks = self.masks.rows[self._masks_stored :]
-            self.store.write_blocks(logical, copies.reshape(-1).data, self._shareable(blocks[filled]))
-            self.store.append_batch(new_masks, level.build(), crcs)
-            flush_while(self.medium, meanwhile)
-        except BaseException:
-            self.store.unallocate(logical)
-            raise
-        self.store.log_advance()
+    @property
+    def new_masks(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        """uint64[n, words]: masks that are neither in the store's table nor in its log."""
+        return self.masks.rows[self._masks_stored :]
+
+    def recorded(self, level: Level) -> None:
+        """Records are durable in the log, and the masks that they name."""
         self._masks_stored = self.masks.count
         self.index.add(level)
 
@@ -793,7 +801,7 @@ class Engine:
             crcs = fmt.crcs(content[filled])
             store.mark_used(copy[filled])
             copy[~filled] = fmt.ZERO_COPY
-            self.index.add(_records(blocks, copy, self.masks.intern(missing), crcs))
+            self.index.add(records(blocks, copy, self.masks.intern(missing), crcs))
             self.fold(commit=False)
         store.commit()
         return len(blocks)
@@ -810,7 +818,7 @@ class Engine:
         self.set_owned(extents)
         store.commit()
 
-    def _shareable(self, blocks: Ints) -> Ints | None:
+    def shareable(self, blocks: Ints) -> Ints | None:
         """Where on the medium the content of blocks is as a copy has it: -1 for superblocks and a ragged last block."""
         if not self.medium.device.clone_least:
             return None
@@ -1033,22 +1041,3 @@ class Engine:
                 self.store.write_blocks(logical[part][index : index + 1], content)
         if len(logical):
             self.medium.flush()
-
-
-def _records(blocks: Ints, copy: Ints, mask: npt.NDArray[np.uint32], crcs: npt.NDArray[np.uint32]) -> Level:
-    """Records of single blocks (sorted), as long runs as can be.
-
-    Args:
-        blocks: int64[n].
-        copy: int64[n], the logical block of the copy, or ZERO_COPY.
-        mask: uint32[n], mask ids.
-        crcs: Of the copies, in order.
-    """
-    filled = copy != fmt.ZERO_COPY
-    new = (
-        (np.diff(blocks, prepend=-2) != 1)
-        | (np.diff(mask.astype(np.int64), prepend=-1) != 0)
-        | np.where(filled, np.diff(copy, prepend=-2) != 1, np.diff(filled.astype(np.int8), prepend=2) != 0)
-    )
-    first, length = breaks_to_runs(new, RUN_MAX)
-    return Level(blocks[first], length, copy[first], mask[first], np.zeros(len(first), np.int64), crcs)

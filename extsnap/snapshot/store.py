@@ -463,8 +463,7 @@ class Store:
         missing = count
         total = len(self._available)
         low = self._cursor
-        visited = 0
-        window = max(8192, count // 4)
+        window = max(64, count // 4)  # bytes; where little is free it soon gets larger
         while missing:
             high = min(low + window, total)
             piece = np.flatnonzero(np.unpackbits(self._available[low:high], bitorder="little"))[:missing] + low * 8
@@ -473,8 +472,8 @@ class Store:
                 missing -= len(piece)
                 set_runs(self._available, runs_of(piece), False)
                 self._cursor = int(piece[-1]) // 8
-            visited += high - low
             low = high if high < total else 0
+            window = min(2 * window, 1 << 20)
         self.available -= count
         return np.sort(np.concatenate(found)) if found else NO_BLOCKS
 

@@ -216,5 +216,9 @@ def lived(kind: str, steps: Container[str] | None = None) -> Recorded:
 @contextlib.contextmanager
 def small_hold() -> Iterator[None]:
     """A hold that fills up within a session of a small volume: more batches, and thousands of opens are faster."""
-    with mock.patch.object(engine, "HOLD_BYTES", 32 << 10), mock.patch.object(engine, "PIECE_BYTES", 64 << 10):
+    with (
+        mock.patch.object(engine, "HOLD_BYTES", 32 << 10),
+        mock.patch.object(engine, "PIECE_BYTES", 64 << 10),
+        mock.patch.object(engine, "EARLY_BYTES", 12 << 10),
+    ):
         yield

@@ -9,7 +9,9 @@ A snapshot here preserves whatever the test says.  Every run is seeded, and its 
 
 from __future__ import annotations
 
+import errno
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -20,8 +22,8 @@ from lab import BLOCK, Flags, MemoryDevice
 
 from extsnap.arrays import runs_of
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
+from extsnap.snapshot import copies, engine, hidden
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot import hidden
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.store import Root, Store
@@ -233,7 +235,7 @@ class Bench:
     def verify_records(self) -> None:
         bits = self.engine.masks.bits()
         seen = {snapshot.bit: np.zeros(self.count, np.bool_) for snapshot in self.snapshots}
-        copies: list[np.ndarray] = []
+        places: list[np.ndarray] = []
         for level in self.engine.index.levels:
             assert (np.diff(level.block) >= 0).all()
             for at in range(len(level)):
@@ -245,9 +247,9 @@ class Bench:
                     seen[snapshot.bit][run] = True
                     assert self.moments[snapshot.id].preserved[run].all(), f"{snapshot.name} needs no record of {run}"
                 if level.copy[at] >= 0:
-                    copies.append(np.arange(level.copy[at], level.copy[at] + level.length[at]))
-        if copies:
-            taken = np.concatenate(copies)
+                    places.append(np.arange(level.copy[at], level.copy[at] + level.length[at]))
+        if places:
+            taken = np.concatenate(places)
             assert len(np.unique(taken)) == len(taken), "a copy block of two records"
             self.store.physical(taken)
 
@@ -332,6 +334,19 @@ class Bench:
             self.delete(self.rng.choice(self.snapshots))
 
 
+#: When copies are written before their batch is complete, and in what pieces.
+EARLY = [(engine.EARLY_BYTES, copies.PIECE_BYTES), (BLOCK, BLOCK), (3 * BLOCK, 2 * BLOCK), (1, 4 * BLOCK)]
+
+
+@pytest.fixture
+def early(seed: int) -> Iterator[None]:
+    """Three seeds of four write copies early, in small pieces."""
+    least, piece = EARLY[seed % len(EARLY)]
+    with mock.patch.object(engine, "EARLY_BYTES", least), mock.patch.object(copies, "PIECE_BYTES", piece):
+        yield
+
+
+@pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("most", [4, 80], ids=["few", "many"])
 def test_random_work(seed: int, most: int) -> None:
@@ -361,6 +376,7 @@ def test_random_work(seed: int, most: int) -> None:
     assert bench.found, "nothing of the base stands on the device as it is"
 
 
+@pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("least", [0, 20 * BLOCK], ids=["every", "large"])
 def test_random_work_with_punches_that_hide(seed: int, least: int) -> None:
@@ -425,6 +441,44 @@ def test_a_full_store_refuses_writes_and_keeps_every_snapshot() -> None:
     refused = bench.refused
     bench.write(400 * BLOCK, bench.rng.randbytes(600 * BLOCK))
     assert bench.refused == refused
+    bench.reopen()
+    bench.verify()
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 7])
+def test_copies_that_were_written_early(fails_at: int) -> None:
+    """They take the room that the held writes were promised; if one cannot be written, none of them keeps its block."""
+    bench = Bench(8)
+    bench.write(1400 * BLOCK, bench.rng.randbytes(20 * BLOCK))
+    assert bench.create(~bench.owned)
+    available, room = bench.store.available, bench.engine.room()
+    write, copied = bench.device.pwrite, 0
+
+    def failing(offset: int, data: bytes | bytearray | memoryview) -> None:
+        nonlocal copied
+        copied += 1
+        if copied == fails_at:
+            raise OSError(errno.EIO, "the disk fails once")
+        write(offset, data)
+
+    failed = 0
+    with (
+        mock.patch.object(engine, "EARLY_BYTES", 4 * BLOCK),
+        mock.patch.object(copies, "PIECE_BYTES", BLOCK),
+        mock.patch.object(bench.device, "pwrite", failing),
+    ):
+        for number in range(20):
+            try:
+                bench.write((1400 + number) * BLOCK, bench.rng.randbytes(BLOCK))
+            except OSError:
+                failed += 1
+                assert bench.store.available == available
+            assert room - (number + 1) - 1 <= bench.engine.room() <= room - (number + 1) + failed
+            assert bench.engine.left == available - (number + 1) + failed
+        assert bench.store.available < available or fails_at
+    assert failed == (fails_at > 0)
+    bench.engine.flush()
+    assert bench.store.available == available - 20 + failed
     bench.reopen()
     bench.verify()
 
