@@ -21,7 +21,7 @@ from pathlib import Path
 
 import bench_processes as processes
 import bench_served as served
-from bench_contenders import ROOT, why_no_peer
+from bench_contenders import ROOT, Setting, why_no_peer
 from bench_growth import bench_growth
 from bench_rows import Row, compare, from_json, machine, markdown, put_between, table, to_json
 
@@ -33,17 +33,17 @@ def section(name: str, directory: Path, options: argparse.Namespace, peer: bool)
     """The rows of one section."""
     sizes = served.QUICK if options.quick else served.FULL
     runs, seed = sizes.runs, options.seed
-    path = {"peer": peer, "direct_io": options.direct_io, "seed": seed}
+    setting = Setting(peer, options.direct_io, options.sparse, seed)
     if name == "start":
         return processes.bench_start(directory, runs)
     if name in ("loop", "mounted"):
-        return served.bench_data(directory, sizes, name, **path)
+        return served.bench_data(directory, sizes, name, setting)
     if name == "view":
-        return served.bench_view(directory, sizes, **path)
+        return served.bench_view(directory, sizes, setting)
     if name == "tree":
-        return served.bench_tree(directory, sizes, **path)
+        return served.bench_tree(directory, sizes, setting)
     if name == "verbs":
-        return served.bench_verbs(directory, sizes, peer=peer, seed=seed)
+        return served.bench_verbs(directory, sizes, setting)
     if name == "open":
         return processes.bench_open(directory, "1 TiB", "1T", processes.TERABYTE, runs)
     if name == "open16":
@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="put table and plots into docs/PERFORMANCE.md and docs/img")
     parser.add_argument("--no-peer", action="store_true", help="leave qcow2 out: it takes most of the time")
     parser.add_argument("--direct-io", action="store_true", help="direct I/O for the loop devices of raw and qcow2 too")
+    parser.add_argument("--sparse", action="store_true", help="images with holes where nothing was written yet")
     parser.add_argument("--directory", metavar="DIR", type=Path, help="where the images go (40 GiB; TMPDIR)")
     parser.add_argument("--creates", type=int, default=100, help="snapshots of the section create")
     parser.add_argument("--records", type=int, default=10_000_000, help="records of the section records")
@@ -103,8 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
         text = "\n\n".join([f"{where}; {load}.", markdown(rows), *notes])
         document.write_text(put_between(document.read_text(), "tools/bench", text))
     if options.json:
-        about = {"machine": before, "load_after": machine()["load"], "quick": options.quick, "notes": notes}
-        options.json.write_text(to_json(rows, {**about, "direct_io": options.direct_io, "seed": options.seed}))
+        chosen = {"direct_io": options.direct_io, "sparse": options.sparse, "seed": options.seed}
+        about = {"machine": before, "load_after": machine()["load"], "quick": options.quick, "notes": notes, **chosen}
+        options.json.write_text(to_json(rows, about))
     return 0 if options.quick or all(row.met is not False for row in rows) else 1
 
 

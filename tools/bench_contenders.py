@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,17 +64,35 @@ def mounted(device: Path, directory: Path, *options: str) -> Iterator[Path]:
         run("umount", directory)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How the data path is measured.
+
+    Attributes:
+        peer: Against a qcow2 as well.
+        direct_io: The loop devices of raw and qcow2 have direct I/O too.
+        sparse: The images have holes where nothing was written yet; else their files have all of their blocks, as a
+            disk has.  A block that the disk under the host never had takes several times as long, on a thin disk.
+        seed: Of places and contents.
+    """
+
+    peer: bool
+    direct_io: bool
+    sparse: bool
+    seed: int
+
+
 class Raw:
     """A plain copy: nothing is copied on write."""
 
     name = RAW
 
-    def __init__(self, pristine: Path, directory: Path, *, direct_io: bool = False, sparse: bool = False) -> None:
-        self.sparse = sparse
+    def __init__(self, pristine: Path, directory: Path, setting: Setting) -> None:
+        self.sparse = setting.sparse
         self.image = directory / f"{self.name}.img"
         self.directory = directory / self.name
         self.directory.mkdir(exist_ok=True)
-        self.options = ["--direct-io=on"] if direct_io else []
+        self.options = ["--direct-io=on"] if setting.direct_io else []
         self.make(pristine)
 
     def make(self, pristine: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from bench_contenders import EXTSNAP, OURS, PEER, RAW, ROOT, Ours, Peer, Raw, forget, loop, mounted, run
+from bench_contenders import EXTSNAP, OURS, PEER, RAW, ROOT, Ours, Peer, Raw, Setting, forget, loop, mounted, run
 from bench_rows import Row, pair_rows, rotated
 
 MIB = 1 << 20
@@ -163,10 +163,10 @@ def pristine_image(directory: Path, mib: int, files: dict[str, int], seed: int) 
     return image
 
 
-def contenders(directory: Path, pristine: Path, peer: bool, direct_io: bool) -> dict[str, Raw]:
+def contenders(directory: Path, pristine: Path, setting: Setting) -> dict[str, Raw]:
     """Fresh ones; what they are made from is removed."""
-    kinds: list[type[Raw]] = [Ours, Raw, *([Peer] if peer else [])]
-    made = {kind.name: kind(pristine, directory, direct_io=direct_io) for kind in kinds}
+    kinds: list[type[Raw]] = [Ours, Raw, *([Peer] if setting.peer else [])]
+    made = {kind.name: kind(pristine, directory, setting) for kind in kinds}
     pristine.unlink()
     os.sync()  # none of it is to be written while something is measured
     return made
@@ -175,13 +175,14 @@ def contenders(directory: Path, pristine: Path, peer: bool, direct_io: bool) -> 
 # ---- the rows
 
 
-def bench_data(directory: Path, sizes: Sizes, way: str, *, peer: bool, direct_io: bool, seed: int) -> list[Row]:
+def bench_data(directory: Path, sizes: Sizes, way: str, setting: Setting) -> list[Row]:
     """Writes and reads through a loop device on the file (``loop``) or in files of a mounted ext4 (``mounted``)."""
+    seed = setting.seed
     turns = sizes.runs + 1
     files = {"random": sizes.random_mib * turns, "sequential": sizes.sequential_mib * turns}
     pristine = pristine_image(directory, sizes.image_mib, files, seed)
     layout = Layout(pristine)
-    all_of_them = contenders(directory, pristine, peer, direct_io)
+    all_of_them = contenders(directory, pristine, setting)
     with contextlib.ExitStack() as stack:
         tops = {
             name: stack.enter_context(one.device() if way == "loop" else one.mount())
@@ -258,11 +259,12 @@ def bench_data(directory: Path, sizes: Sizes, way: str, *, peer: bool, direct_io
     return rows
 
 
-def bench_view(directory: Path, sizes: Sizes, *, peer: bool, direct_io: bool, seed: int) -> list[Row]:
+def bench_view(directory: Path, sizes: Sizes, setting: Setting) -> list[Row]:
     """Sequential read of a snapshot that was overwritten in many scattered blocks since."""
+    seed = setting.seed
     pristine = pristine_image(directory, sizes.view_mib * 3 + 256, {"view": sizes.view_mib}, seed)
     layout = Layout(pristine)
-    all_of_them = contenders(directory, pristine, peer, direct_io)
+    all_of_them = contenders(directory, pristine, setting)
     blocks = random.Random(seed).sample(range(sizes.view_mib * MIB // BLOCK), sizes.view_records)
     scattered = layout.on_device("view", [block * BLOCK for block in blocks], BLOCK)
     places = layout.on_device("view", range(0, sizes.view_mib * MIB, MIB), MIB)
@@ -307,10 +309,11 @@ def tree_archive(path: Path, files: int, seed: int) -> None:
             archive.addfile(entry, BytesIO(data))
 
 
-def bench_tree(directory: Path, sizes: Sizes, *, peer: bool, direct_io: bool, seed: int) -> list[Row]:
+def bench_tree(directory: Path, sizes: Sizes, setting: Setting) -> list[Row]:
     """Unpack a tree and delete it, in ext4 with a live snapshot; each ends with all of it on the disk."""
+    seed = setting.seed
     pristine = pristine_image(directory, max(sizes.image_mib // 3, 512), {"sequential": 16}, seed)
-    all_of_them = contenders(directory, pristine, peer, direct_io)
+    all_of_them = contenders(directory, pristine, setting)
     archive = directory / "tree.tar"
     tree_archive(archive, sizes.files, seed)
     with contextlib.ExitStack() as stack:
@@ -387,8 +390,9 @@ print(json.dumps(times))
 """
 
 
-def bench_verbs(directory: Path, sizes: Sizes, *, peer: bool, seed: int) -> list[Row]:
+def bench_verbs(directory: Path, sizes: Sizes, setting: Setting) -> list[Row]:
     """create, delete and restore with much allocated: ours in the process that serves, qemu-img less its own start."""
+    seed = setting.seed
     import json
 
     allocated, changed = sizes.allocated_gib << 30, sizes.changed_mib * MIB
@@ -406,7 +410,7 @@ def bench_verbs(directory: Path, sizes: Sizes, *, peer: bool, seed: int) -> list
     image.unlink()
     rows = []
     size = f"{sizes.allocated_gib} GiB allocated"
-    theirs = peer_verbs(directory, sizes, seed) if peer else {}
+    theirs = peer_verbs(directory, sizes, seed) if setting.peer else {}
     for verb, ours in times.items():
         what = f"{verb}{f' after {sizes.changed_mib} MiB changed' if verb == 'restore' else ''}, {size}"
         rows.append(Row(f"verbs/{verb}/seconds", what, "s", ours))
