@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from extsnap.snapshot.engine import Engine
 
 #: Bytes that are read, checksummed and written at once; measured: docs/DECISIONS.md.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Copies:
     """Copies that are written and not recorded.
 
     Attributes:
-        count: How many blocks that are.
+        taken: How many blocks of the store they have.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._parts: list[_Part] = []
-        self.count = 0
+        self.taken = 0
 
     def write(self, positions: Ints, old: Bits | None = None) -> None:
         """Copy the blocks at sorted ``positions`` for every snapshot that still needs them, but those written before.
@@ -80,7 +80,8 @@ class Copies:
         if not todo.all():
             positions, missing, old = positions[todo], missing[todo], old if old is None else old[todo]
         blocks, mask = positions - engine.shift, engine.masks.intern(missing)
-        step = max(1, PIECE_BYTES // engine.block_size)
+        # Content that is known is not read, and has left the cache anyway.
+        step = max(1, PIECE_BYTES // engine.block_size) if old is None else max(1, len(blocks))
         for low in range(0, len(blocks), step):
             piece = slice(low, low + step)
             known = engine.content(blocks[piece]) if old is None else old[piece]
@@ -101,10 +102,10 @@ class Copies:
         copy = np.full(len(blocks), fmt.ZERO_COPY, np.int64)
         copy[filled] = logical
         self._parts.append(_Part(blocks, copy, mask, crcs))
-        self.count += len(blocks)
+        self.taken += len(logical)
 
     def record(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Record what was written; durable on return, and from then on in the index.
+        """Record what was written, at most what one batch has place for; durable on return, and then in the index.
 
         Args:
             meanwhile: As `Engine.rewrite` has it.
@@ -122,8 +123,8 @@ class Copies:
         store.append_batch(engine.new_masks, level.build(), level.crcs)
         flush_while(engine.medium, meanwhile)
         store.log_advance()
+        self._parts, self.taken = [], 0  # from here on they are not ours to give back, whatever happens
         engine.recorded(level)
-        self._parts, self.count = [], 0
 
     def _level(self) -> Level:
         parts = self._parts
@@ -141,7 +142,7 @@ class Copies:
         """Give back the blocks of what was written and not recorded."""
         for part in self._parts:
             self._engine.store.unallocate(part.copy[part.copy != fmt.ZERO_COPY])
-        self._parts, self.count = [], 0
+        self._parts, self.taken = [], 0
 
 
 def records(blocks: Ints, copy: Ints, mask: npt.NDArray[np.uint32], crcs: npt.NDArray[np.uint32]) -> Level:

@@ -115,7 +115,6 @@ class Engine:
         self._held_cost = 0
         self._copied = 0  # as many of the held entries have had what they need copied written
         self._copied_bytes = 0  # up to there in the arena
-        self._copied_cost = 0  # of their cost
         self._copies = Copies(self)
         self._overwrites_due = False
         self.recovered_batch: Level | None = None
@@ -448,7 +447,7 @@ class Engine:
 
     def reserve(self) -> int:
         """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
-        folded: int = (len(self.index) + self._copies.count) * _INDEX_BYTES
+        folded: int = len(self.index) * _INDEX_BYTES
         history = self.history.table.nbytes + self.history.twins.nbytes
         tables = self.masks.count * self.masks.words * 8 + history + 64 * len(self.snapshots)
         tables = 2 * (tables + self.hidden.runs * fmt.RUN_DTYPE.itemsize)
@@ -459,8 +458,9 @@ class Engine:
 
     def room(self) -> int:
         """Copy blocks that can still be promised to writes; each brings a record that the next fold writes."""
-        spare = max(0, self.store.available - self.reserve() - self.spared)
-        return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost + self._copied_cost
+        # What is copied early is promised still: it is a part of what the held writes cost.
+        spare = max(0, self.store.available + self._copies.taken - self.reserve() - self.spared)
+        return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost
 
     def room_for_data(self) -> int:
         """The same for writes of data, which leave what metadata may need."""
@@ -473,7 +473,7 @@ class Engine:
     @property
     def left(self) -> int:
         """Free blocks of the store that no held write has a claim on."""
-        return self.store.available - self._held_cost + self._copied_cost
+        return self.store.available + self._copies.taken - self._held_cost
 
     @contextlib.contextmanager
     def own_edit(self) -> Iterator[None]:
@@ -650,10 +650,8 @@ class Engine:
         if not self._overwrites_due:
             held = np.array(self._held, np.int64)
             positions = distinct(expand(held[:, 0], held[:, 1]))
-            positions = positions[self.need.test(positions)]
-            self._copy(positions)
-            self.clear_need(positions)
-            self._copied = self._copied_bytes = self._copied_cost = 0
+            self.preserve(positions[self.need.test(positions)])
+            self._copied = self._copied_bytes = 0
             self._held_cost = 0
             self._overwrites_due = True
         self._overwrite()
@@ -723,7 +721,7 @@ class Engine:
             self._copies.record(meanwhile)
         except BaseException:
             self._copies.forget()
-            self._copied = self._copied_bytes = self._copied_cost = 0
+            self._copied = self._copied_bytes = 0
             raise
 
     def _copy_early(self) -> None:
@@ -734,9 +732,9 @@ class Engine:
             self._copies.write(positions[self.need.test(positions)])
         except BaseException:
             self._copies.forget()
-            self._copied = self._copied_bytes = self._copied_cost = 0
+            self._copied = self._copied_bytes = 0
             raise
-        self._copied, self._copied_bytes, self._copied_cost = len(self._held), self._held_bytes, self._held_cost
+        self._copied, self._copied_bytes = len(self._held), self._held_bytes
 
     def clear_need(self, positions: Ints) -> None:
         """No snapshot misses these sorted positions; what takes the slow path for another reason stays needed."""

@@ -512,6 +512,8 @@ class Store:
 
     def withdraw(self, runs: Ints) -> None:
         """Take free blocks (runs of logical ones) out of service for good: a shrink is going to unmap them."""
+        if not self.is_available(expand(runs[:, 0], runs[:, 1])).all():
+            raise ValueError("blocks in use were to be taken out of service")
         set_runs(self._available, runs, False)
         self.available -= int(runs[:, 1].sum())
 
@@ -879,7 +881,11 @@ class Store:
         hides: Ints = NO_RUNS,
         shows: Ints = NO_RUNS,
     ) -> None:
-        """Write the next batch into the log.  It counts once the caller's barrier returned (`log_advance`)."""
+        """Write the next batch into the log.  It counts once the caller's barrier returned (`log_advance`).
+
+        Raises:
+            VolumeFull: It does not fit behind the others; nothing was written.
+        """
         payload = masks.astype("<u8").tobytes() + records + crcs.astype("<u4").tobytes()
         payload += fmt.build_runs(hides) + fmt.build_runs(shows)
         head = fmt.BatchHeader.build(
@@ -900,6 +906,11 @@ class Store:
         body = bytes(head)[8:] + payload
         raw = fmt.BATCH_MAGIC + fmt.crc(body).to_bytes(4, "little") + body
         self._pending_batch = -(-len(raw) // fmt.SECTOR) * fmt.SECTOR
+        if self.log_position + self._pending_batch > self.log_bytes:
+            raise VolumeFull(
+                f"the log has {self.log_bytes - self.log_position} bytes left and a batch needs {self._pending_batch}",
+                hint="write less at once",
+            )
         for start in self.log_copies():
             self.write_log(start, self.log_position, raw)
 

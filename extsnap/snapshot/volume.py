@@ -564,11 +564,12 @@ class Volume:
     def disown(self, runs: Ints) -> None:
         """Give up free logical ``runs`` of the store; durable on return: then the filesystem may free them.
 
+        Nothing may be held: the copies of a held write could be in them by the time it is let out.
+
         Raises:
             ExtsnapError, OSError: It still has them.
         """
         engine, store = self.require_engine(), self.require_store()
-        engine.commit()
         try:
             wanted = edit.without(store.root, runs)
             store.withdraw(runs)

@@ -129,6 +129,32 @@ def test_of_a_grant_that_is_nearly_all_needed_the_rest_is_taken_and_more_is_aske
     assert asked == [2, 1], "twice as much once, and then what is wanted"
 
 
+def test_what_goes_back_has_no_copies_of_held_writes(served) -> None:
+    """Their copies are made when they are let out, which may be just before the store gives up its free blocks."""
+    volume, blocks, copy = served
+    growth, store = ask(volume), volume.store
+    growth.take(answer(volume, (end_of(volume), free_run(volume, 4096), 4096)))
+    while growth.at_work:
+        growth.step()
+    growth._wanted = 0
+    for block in blocks:
+        volume.write(block * 1024, bytes([7]) * 1024)
+    assert volume.engine.left < store.available, "nothing is held"
+    store._cursor = (end_of(volume) - 400) // 8  # the next free blocks are the last ones, which go back first
+    growth.shrink()
+    request = growth.due()
+    assert request is not None
+    assert request["do"] == "free"
+    volume.flush()
+    gone = np.concatenate([np.arange(start, start + count) for start, count in request["runs"]])
+    for level in volume.engine.index.levels:
+        assert not np.isin(level.copy, gone).any()
+    content = Path(copy).read_bytes()
+    view = volume.open_view("one")
+    for block in blocks:
+        assert view.pread(block * 1024, 1024) == content[block * 1024 : (block + 1) * 1024]
+
+
 def test_a_snapshot_finds_room_for_what_it_will_preserve(tmp_path: Path) -> None:
     """Without snapshots nothing is preserved, and the store is small: a writer may go on with the thaw."""
     image = make_volume(tmp_path / "disk.img", "ext4", 64, "-b", "1024", files={"file": FILE * 32})
