@@ -319,7 +319,7 @@ class Growth:
     def _give_back(self) -> dict[str, Any] | None:
         """Take what is not worth keeping out of the header and ask the filesystem to free it, if there is any."""
         engine, store = self._volume.require_engine(), self._volume.require_store()
-        engine.commit()  # held writes take blocks for their copies
+        engine.commit()  # if this fails, what is held stays held
         copies = engine.blocks_for(max(self._keep() if engine.snapshots else 0, self._ahead))
         spare = store.available - engine.reserve() - engine.spared - copies - self._wanted - self.reserve.chunk // 8
         if spare <= 0:

@@ -564,7 +564,7 @@ class Volume:
     def disown(self, runs: Ints) -> None:
         """Give up free logical ``runs`` of the store; durable on return: then the filesystem may free them.
 
-        Nothing may be held: the copies of a held write could be in them by the time it is let out.
+        Nothing may be held: what is chosen to go could be where its copies are put.
 
         Raises:
             ExtsnapError, OSError: It still has them.

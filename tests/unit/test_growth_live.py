@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -143,6 +145,10 @@ def test_what_goes_back_has_no_copies_of_held_writes(served) -> None:
     assert volume.engine.left < store.available, "nothing is held"
     store._cursor = (end_of(volume) - 400) // 8  # the next free blocks are the last ones, which go back first
     growth.shrink()
+    failing = mock.patch.object(volume.engine, "preserve", side_effect=OSError(errno.EIO, "the disk fails once"))
+    with failing, pytest.raises(OSError):
+        growth.due()
+    assert volume.read(blocks[0] * 1024, 1024) == bytes([7]) * 1024
     request = growth.due()
     assert request is not None
     assert request["do"] == "free"
