@@ -540,6 +540,10 @@ class Server:
             self._files.drop_scratch(file)
         return {}
 
+    def _done(self, client: control.Connection) -> dict[str, Any]:
+        self._turns.end(client)
+        return {}
+
     def _obey(self, client: control.Connection, verb: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         assert self._volume is not None
         assert self._files is not None
@@ -551,6 +555,7 @@ class Server:
             "server.scratch": lambda name="": self._make_scratch(client, str(name)),
             "server.unscratch": lambda file: self._drop_scratch(client, str(file)),
             "server.provision": lambda alone=False, only=False: self._turns.take(client, alone=alone, only=only),
+            "server.done": lambda: self._done(client),
             "server.hold": lambda: self._hold(client),
             "server.temporary": lambda name: self._note_temporary(client, str(name)),
         }

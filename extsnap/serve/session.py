@@ -276,9 +276,13 @@ def let_go_of_orphans(image: str, partition: int | None, snapshot: str) -> None:
             _recover(place, always=True)
         else:
             client, hello = served
-            with client:  # with the turn, until it is closed: nobody else has one meanwhile
+            with client:  # nobody else has a turn, or opens the volume, meanwhile
                 client.call("server.provision", alone=True, only=True, patience=CLOSE_PATIENCE)
-                _preen(place.name, str(hello["directory"]))
+                try:
+                    _preen(place.name, str(hello["directory"]))
+                finally:  # answered before we end, so that whoever comes next is not refused
+                    with contextlib.suppress(ExtsnapError, OSError):
+                        client.call("server.done")
     except (ExtsnapError, OSError) as error:
         reason = error.message if isinstance(error, ExtsnapError) else str(error)
         if isinstance(error, _GaveUp) and error.reason:

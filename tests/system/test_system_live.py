@@ -18,7 +18,7 @@ import oracle
 import pytest
 from arena import arena, make_volume
 
-from extsnap.serve import mounting
+from extsnap.serve import control, mounting, session
 from extsnap.serve.freezer import Frozen
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -256,6 +256,25 @@ def test_a_mounted_ext2_without_a_fault_is_restored_at_rest(run_cli: Cli) -> Non
         sh("mount", "-o", "loop", directory / "volume", point)
 
 
+def test_the_volume_can_be_opened_as_soon_as_orphans_are_gone(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else opens it meanwhile; that ends with an answer, not when the server hears that we hung up."""
+    with arena() as top:
+        image = make_volume(top / "disk.img", "ext4", 24, "-b", "4096")
+        directory = top / "served"
+        directory.mkdir()
+        run_cli("attach", image, directory)
+        connections = []
+        try:
+            monkeypatch.setattr(control.ControlClient, "close", connections.append)
+            session.let_go_of_orphans(str(image), None, "one")
+            sh("sh", "-c", f": <{directory / 'volume'}")
+        finally:
+            monkeypatch.undo()
+            for connection in connections:
+                connection.close()
+            run_cli("detach", image)
+
+
 def restored(cli: Cli, image: Path, name: str, by_hand: set[str]) -> None:
     """Restore a snapshot, and do what the message says where e2fsck has to ask."""
     done = cli("restore", "--no-safety", image, name, status=1 if name in by_hand else 0)
@@ -338,7 +357,7 @@ def test_two_snapshots_at_once(run_cli: Cli, extsnap_program: Path) -> None:
 
 FREEZE = """
 import os, signal, sys
-from extsnap.serve import mounting
+from extsnap.serve import control, mounting, session
 from extsnap.serve.freezer import Frozen
 with Frozen([sys.argv[1]]) as frozen:
     frozen.freeze()
