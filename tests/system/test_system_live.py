@@ -35,6 +35,13 @@ def sh(*command: str | os.PathLike[str]) -> str:
     return done.stdout
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + HANG
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.02)
+
+
 def wait_for_loops(directory: Path) -> None:
     """A loop device goes after its mount when nobody looks at it any more: others look at all that there are."""
     deadline = time.monotonic() + HANG
@@ -263,11 +270,15 @@ def test_the_volume_can_be_opened_as_soon_as_orphans_are_gone(run_cli: Cli, monk
         directory = top / "served"
         directory.mkdir()
         run_cli("attach", image, directory)
-        connections = []
+        connections: list[control.ControlClient] = []
         try:
-            monkeypatch.setattr(control.ControlClient, "close", connections.append)
+            monkeypatch.setattr(control.ControlClient, "close", lambda client: connections.append(client))
             session.let_go_of_orphans(str(image), None, "one")
-            sh("sh", "-c", f": <{directory / 'volume'}")
+            # Not one of our children, which may: its parent is gone when it opens the volume.
+            said = top / "said"
+            sh("sh", "-c", f"(sleep 0.3; true <{directory / 'volume'}; echo $? >{said}.new; mv {said}.new {said}) 2>&- &")
+            wait_for(said)
+            assert said.read_text() == "0\n"
         finally:
             monkeypatch.undo()
             for connection in connections:
