@@ -276,7 +276,8 @@ def test_the_volume_can_be_opened_as_soon_as_orphans_are_gone(run_cli: Cli, monk
             session.let_go_of_orphans(str(image), None, "one")
             # Not one of our children, which may: its parent is gone when it opens the volume.
             said = top / "said"
-            sh("sh", "-c", f"(sleep 0.3; true <{directory / 'volume'}; echo $? >{said}.new; mv {said}.new {said}) 2>&- &")
+            opens = f"sleep 0.3; true <{directory / 'volume'}; echo $? >{said}.new; mv {said}.new {said}"
+            sh("sh", "-c", f"({opens}) 2>&- &")
             wait_for(said)
             assert said.read_text() == "0\n"
         finally:
