@@ -243,11 +243,13 @@ def changed_runs(old: bytes, new: bytes, unit: int = 512) -> list[tuple[int, int
 def unequal(left: bytes | bytearray, right: bytes | bytearray) -> Flags:
     """bool[blocks]: where two volumes of one size differ."""
     assert len(left) == len(right)
-    size = -(-len(left) // BLOCK) * BLOCK
-    padded = [
-        np.frombuffer(bytes(side).ljust(size, b"\0"), np.uint64).reshape(-1, BLOCK // 8) for side in (left, right)
-    ]
-    return np.asarray((padded[0] != padded[1]).any(axis=1))
+    whole = len(left) // BLOCK
+    found = np.zeros(-(-len(left) // BLOCK), np.bool_)
+    if left != right:
+        ours, theirs = (np.frombuffer(side, np.uint64, whole * BLOCK // 8) for side in (left, right))
+        found[:whole] = (ours != theirs).reshape(whole, BLOCK // 8).any(axis=1)
+        found[whole:] = left[whole * BLOCK :] != right[whole * BLOCK :]
+    return found
 
 
 def tried_by_debugfs(content: bytes, command: str, *, data: bytes) -> bytes | None:

@@ -93,7 +93,8 @@ def digest(content: bytes | bytearray) -> bytes:
     """Stands for a medium, in this process: a hash of where it differs from the first one of its size, and how."""
     first = _FIRST.setdefault(len(content), bytes(content))
     whole = len(content) // SECTOR
-    ours, theirs = (np.frombuffer(side, np.uint64, whole * SECTOR // 8).reshape(whole, -1) for side in (content, first))
+    words = SECTOR // 8
+    ours, theirs = (np.frombuffer(side, np.uint64, whole * words).reshape(whole, words) for side in (content, first))
     differs = np.flatnonzero((ours != theirs).any(axis=1))
     hashed = hashlib.blake2b(content[whole * SECTOR :], digest_size=16)
     hashed.update(differs.tobytes())

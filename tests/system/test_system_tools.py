@@ -115,7 +115,7 @@ class History:
 def write_view(volume: Volume, name: str, out: Path) -> None:
     with volume.snapshots[name].open() as file, out.open("wb") as target:
         while piece := file.read(1 << 22):
-            if any(piece):
+            if piece != bytes(len(piece)):
                 target.write(piece)
             else:
                 target.seek(len(piece), os.SEEK_CUR)
