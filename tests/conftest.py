@@ -5,6 +5,7 @@ Modules beside this file (`oracle`) and in ``tools/`` (`images`) are imported by
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import subprocess
@@ -37,6 +38,16 @@ def why_no_system_tests() -> str | None:
     if subprocess.run(["losetup", "--find"], capture_output=True, check=False).returncode:
         return "no loop device"
     return None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what is there for good out of the search for garbage.
+
+    Beside thousands of tests it would take place too seldom: volumes are cycles, and of small ones in memory each has
+    all of a medium.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -391,7 +391,9 @@ class Recorded:
         action(volume)
         base = volume.read(0, volume.size)
         survey = lab.survey(base)
+        known = step.before.views | step.after.views
         views = {name: self.view(volume, name) for name in volume.snapshot_names()}
+        views = {name: known[name] if known.get(name) == view else view for name, view in views.items()}  # kept once
         after = Moment(views, base, survey.in_use & ~survey.store_data, survey.files, settings_of(volume))
         touched = metadata_touched(device.log, step.before, after)
         return replace(step, last=step.first + len(device.log), after=after, touched=touched)

@@ -8,6 +8,7 @@ seed.  A case that fails is printed with a token, and ``tools/campaign NAME --re
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import sys
@@ -20,6 +21,9 @@ from typing import TextIO
 #: A campaign gives up on a part after so many failures: the first few say it all.
 MOST_FAILURES = 5
 _PROGRESS_SECONDS = 10.0
+#: Cases after which their garbage is collected: volumes are cycles, and each has all of a medium.  In the process of
+#: many tests Python itself would wait until there are gigabytes.
+_COLLECTED = 16
 
 
 class TooManyFailures(Exception):
@@ -82,6 +86,8 @@ class Report:
             yield
         except Exception as error:
             self.fail(token, f"{type(error).__name__}: {error}")
+        if self.cases % _COLLECTED == 0:
+            gc.collect()
         if self._stream is not None and time.monotonic() - self._told > _PROGRESS_SECONDS:
             self._told = time.monotonic()
             print(f"{self.name}: {self.cases} cases, {self._took():.0f} s", file=self._stream, flush=True)
@@ -103,6 +109,8 @@ class Report:
     def part(self, name: str) -> Iterator[None]:
         """Run a part, and print a line on it.  Without a single case it has failed: it would show nothing."""
         started, self._part_failures, self._part_cases = time.monotonic(), 0, 0
+        gc.collect()
+        gc.freeze()  # what is there already is not looked at again and again
         with contextlib.suppress(TooManyFailures):
             yield
         if not self._part_cases:
