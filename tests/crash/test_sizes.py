@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from campaigns.recorded import EVERYTHING, NOTHING, plain_image
 
-from extsnap.blockdev.recording import RecordingDevice, crash_state
+from extsnap.blockdev.recording import Cuts, RecordingDevice
 from extsnap.snapshot import edit
 from extsnap.snapshot.volume import Volume
 from extsnap.sparsebits import SparseBits
@@ -94,10 +94,11 @@ def test_cut_while_the_size_goes_back(kind: str) -> None:
     volume.verb("restore", name="small")
     assert blocks_of(volume.read(0, 4096)) == len(small) // BLOCK
     sizes = set()
+    cuts = Cuts(device.initial, device.log, superblocks=superblocks)
     points = range(first, len(device.log) + 1, 1 if os.environ.get("EXTSNAP_LONG") else 4)
     for point in points:
         for seed in (EVERYTHING, NOTHING, rng.getrandbits(32)):
-            state = crash_state(device.initial, device.log, point, seed, superblocks=superblocks)
+            state = cuts.state(point, seed)
             where = f"{kind} cut at {point} of {first}..{len(device.log)}, seed {seed}"
             with opened(lab.MemoryDevice(state.content)) as again:
                 assert not again.needs_replay, where

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import oracle
 import pytest
-from arena import make_volume
+from arena import arena, make_volume
 
 import extsnap
 
@@ -35,9 +36,16 @@ def test_snapshots_taken_while_serving_do_not_pile_up_room(kind: str, tmp_path: 
     oracle.assert_clean(image)
 
 
-def test_giving_back_scattered_blocks_may_take_mapping_blocks(tmp_path: Path) -> None:
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory whose files no barrier waits for."""
+    with arena() as top:
+        yield top
+
+
+def test_giving_back_scattered_blocks_may_take_mapping_blocks(memory: Path) -> None:
     """More extents need more nodes: none of them may stand in a block that is just being given back."""
-    image = make_volume(tmp_path / "disk.img", "ext4", 24, "-b", "1024", files={"one": b"1" * 1024})
+    image = make_volume(memory / "disk.img", "ext4", 24, "-b", "1024", files={"one": b"1" * 1024})
     block = int(oracle.file_blocks(image, "/one").data_blocks[0])
     names = [f"s{number}" for number in range(200)]
     with extsnap.open(image) as volume:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lab import BLOCK
 
-from extsnap.blockdev.recording import EVERYTHING, MemoryDevice, RecordingDevice, crash_state
+from extsnap.blockdev.recording import EVERYTHING, Cuts, MemoryDevice, RecordingDevice
 from extsnap.errors import StoreDamaged, UnsupportedFeature
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import hidden
@@ -200,9 +200,10 @@ def test_a_crash_leaves_what_was_flushed_or_what_was_written_since(place: Place)
         ends.append(len(place.device.log))
     flushed = [0, 2, 5, 8]
     rng = random.Random(7)
+    cuts = Cuts(place.device.initial, place.device.log)
     for point in range(first, ends[-1] + 1):
         for seed in (EVERYTHING, *(rng.getrandbits(30) for _ in range(2))):
-            content = bytes(crash_state(place.device.initial, place.device.log, point, seed).content)
+            content = bytes(cuts.state(point, seed).content)
             volume = place.opened(content)
             done = max(number for number in flushed if ends[number] <= point)
             begun = min([number for number in range(len(ends)) if ends[number] >= point])
