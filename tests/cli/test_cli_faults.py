@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lab
 import numpy as np
 import pytest
+from arena import arena
 
 from extsnap.blockdev import image as image_module
 from extsnap.snapshot import export as export_module
@@ -82,6 +84,19 @@ class FaultySystem:
         if name == "preadv":
             return real(descriptor, [what[0][: len(what[0]) // 2]], offset) if len(what[0]) > 1 else real(*arguments)
         return real(descriptor, memoryview(what)[: max(1, len(what) // 2)], offset)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Path]:
+    with arena() as top:
+        yield top
+
+
+@pytest.fixture
+def tmp_path(memory: Path) -> Iterator[Path]:
+    """Where no barrier waits for a disk: there are thousands of them."""
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="module", params=["ext4"])
