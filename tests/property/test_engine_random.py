@@ -483,6 +483,19 @@ def test_copies_that_were_written_early(fails_at: int) -> None:
     bench.verify()
 
 
+def test_a_later_write_to_a_block_that_is_held_for_its_neighbour() -> None:
+    """No snapshot needs the first of the two; it waits in the hold all the same, and what comes later goes behind it."""
+    bench = Bench(11)
+    flags = np.zeros(bench.count, np.bool_)
+    flags[1401] = True
+    assert bench.create(flags)
+    bench.write(1400 * BLOCK, bench.rng.randbytes(2 * BLOCK))
+    bench.write(1400 * BLOCK, bench.rng.randbytes(BLOCK))
+    bench.verify()
+    bench.reopen()
+    bench.verify()
+
+
 def test_one_write_that_takes_several_batches() -> None:
     """Every block has a record of its own, which is more than the log has place for."""
     bench = Bench(9)
