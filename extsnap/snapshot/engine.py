@@ -633,8 +633,7 @@ class Engine:
         self._held_bytes += count * size
         self._held_cost += cost
         self._special.set_range(start, stop)
-        if cost < count:
-            self.need.set_range(start, stop)  # later writes to held blocks go through the hold
+        self.need.set_range(start, stop)  # later writes to held blocks go through the hold
 
     def _read_block(self, position: int, buffer: memoryview) -> None:
         """One block as seen from above; past the end of a ragged last block it is zeros."""
@@ -647,16 +646,18 @@ class Engine:
         """Copy what the held writes need copied, barrier, and let them out.  They are durable after `flush`."""
         if not self._held:
             return
-        if not self._overwrites_due:
-            held = np.array(self._held, np.int64)
-            positions = distinct(expand(held[:, 0], held[:, 1]))
-            self.preserve(positions[self.need.test(positions)])
-            self._copied = self._copied_bytes = 0
-            self._held_cost = 0
-            self._overwrites_due = True
-        self._overwrite()
         held = np.array(self._held, np.int64)
         runs = held[:, :2]
+        try:
+            if not self._overwrites_due:
+                self.preserve(distinct(expand(runs[:, 0], runs[:, 1])))
+                self._copied = self._copied_bytes = 0
+                self._held_cost = 0
+                self._overwrites_due = True
+            self._overwrite()
+        except BaseException:
+            self.need.set(runs)  # all of it stays held, and so does what is written to it later
+            raise
         if self.hidden.some:
             hidden.revealed(self, runs)
         self._special.set(runs, False)
@@ -827,6 +828,8 @@ class Engine:
         """Everything written before is durable when this returns."""
         self.commit()
         self.medium.flush()
+        if self.store.commit_due:
+            self.store.commit()
         if self.hidden.changed:
             hidden.log(self)
 
@@ -953,24 +956,34 @@ class Engine:
                 f"the store has {self.store.available} free blocks and its index needs {needed}",
                 hint="delete a snapshot or free space in the volume",
             )
-        if sum(map(len, fresh)):
-            kept.append(merge(fresh))
-            rewritten.append(kept[-1])
-        keys = [key for kind, key in self.store.root.blobs if kind == fmt.BlobKind.INDEX]
-        unused = (key for key in range(len(keys) + len(rewritten)) if key not in keys)
-        for level in rewritten:
-            self._write_level(level, next(unused))
-        used = {level.stored for level in kept}
-        for key in keys:
-            if key not in used:
-                self.store.drop_blob(fmt.BlobKind.INDEX, key)
-                self.store.drop_blob(fmt.BlobKind.INDEX_CRCS, key)
-        for kind, key in list(self.store.root.blobs):
-            if kind == fmt.BlobKind.INDEX_PARTS and key not in used:
-                self.store.drop_blob(fmt.BlobKind.INDEX_PARTS, key)
-        self.index.replace(kept)
-        self.write_masks()
-        self._write_hidden(hides)
+        before = [(level, level.stored, level.touched) for level in levels], self._masks_stored
+        try:
+            with self.store.undone_on_error():
+                if sum(map(len, fresh)):
+                    kept.append(merge(fresh))
+                    rewritten.append(kept[-1])
+                keys = [key for kind, key in self.store.root.blobs if kind == fmt.BlobKind.INDEX]
+                unused = (key for key in range(len(keys) + len(rewritten)) if key not in keys)
+                for level in rewritten:
+                    self._write_level(level, next(unused))
+                used = {level.stored for level in kept}
+                for key in keys:
+                    if key not in used:
+                        self.store.drop_blob(fmt.BlobKind.INDEX, key)
+                        self.store.drop_blob(fmt.BlobKind.INDEX_CRCS, key)
+                for kind, key in list(self.store.root.blobs):
+                    if kind == fmt.BlobKind.INDEX_PARTS and key not in used:
+                        self.store.drop_blob(fmt.BlobKind.INDEX_PARTS, key)
+                self.index.replace(kept)
+                self.write_masks()
+                self._write_hidden(hides)
+        except BaseException:
+            for level, key, touched in before[0]:
+                level.stored, level.touched = key, touched
+            self._masks_stored = before[1]
+            self.index.replace(levels)
+            raise
+        self.hidden.is_stored()
         self.store.new_epoch()
         if commit:
             self.store.commit()
@@ -993,7 +1006,6 @@ class Engine:
         else:
             self.store.drop_blob(fmt.BlobKind.HIDDEN, 0)
         self.store.root.incompat = fmt.INCOMPAT_HIDDEN_RUNS if runs else 0
-        self.hidden.is_stored()
 
     def write_masks(self) -> None:
         """Put the mask table into its blob."""

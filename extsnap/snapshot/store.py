@@ -19,6 +19,7 @@ What is durable when
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -373,6 +374,8 @@ class Store:
 
     Attributes:
         worn: A structure was read from its second copy, because the first one is damaged.
+        commit_due: A commit failed, or a fold is not committed yet: nobody knows which root the medium has.  Nothing
+            goes into the log before it has been done again.
     """
 
     def __init__(self, device: CloningDevice, root: Root) -> None:
@@ -388,6 +391,8 @@ class Store:
         self._order = tuple(range(SLOT_BLOCKS))
         self._unsynced = False
         self._pending_batch = 0
+        self._unwanted: tuple[int, int] | None = None  # epoch and position of a batch whose barrier has not returned
+        self.commit_due = False
         self.log_position = 0
         self.log_sequence = 0
         self.worn = False
@@ -749,6 +754,8 @@ class Store:
                 f"the store has {self.available} free blocks and its header needs {2 * count}",
                 hint="delete a snapshot or free space in the volume",
             )
+        self.commit_due = True
+        self._retract()
         if self._unsynced:
             self.device.flush()
             self._unsynced = False
@@ -772,10 +779,33 @@ class Store:
             self.device.flush()
             self.release(self._chains[slot])
             self._chains[slot] = chain
-        self._unsynced = False
+        self._unsynced = self.commit_due = False
         for blocks in self._released:
             self.unallocate(blocks)
         self._released = []
+
+    def _retract(self) -> None:
+        """Take a batch whose barrier failed out of the log; one of an epoch that is over counts no more anyway."""
+        if self._unwanted is not None and self._unwanted[0] == self.root.log_epoch:
+            self._unsynced = True
+            for start in self.log_copies():
+                self.write_log(start, self._unwanted[1], bytes(fmt.SECTOR))
+        self._unwanted = None
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """What is done inside to root and blocks is undone in memory if it fails; nothing may be committed in it."""
+        root = replace(
+            self.root, blobs=dict(self.root.blobs), twins=dict(self.root.twins), properties=dict(self.root.properties)
+        )
+        available, count, cursor, released = self._available.copy(), self.available, self._cursor, len(self._released)
+        try:
+            yield
+        except BaseException:
+            vars(self.root).update(vars(root))
+            self._available, self.available, self._cursor = available, count, cursor
+            del self._released[released:]
+            raise
 
     def slot_block(self, slot: int) -> int:
         """Physical block of slot 0 or 1."""
@@ -883,9 +913,14 @@ class Store:
     ) -> None:
         """Write the next batch into the log.  It counts once the caller's barrier returned (`log_advance`).
 
+        If the barrier fails, the batch may count after a crash all the same: then nothing that it names has changed.
+        Before its blocks get another use, the next commit takes it away.
+
         Raises:
             VolumeFull: It does not fit behind the others; nothing was written.
         """
+        if self.commit_due:
+            self.commit()
         payload = masks.astype("<u8").tobytes() + records + crcs.astype("<u4").tobytes()
         payload += fmt.build_runs(hides) + fmt.build_runs(shows)
         head = fmt.BatchHeader.build(
@@ -911,6 +946,7 @@ class Store:
                 f"the log has {self.log_bytes - self.log_position} bytes left and a batch needs {self._pending_batch}",
                 hint="write less at once",
             )
+        self._unwanted = self.root.log_epoch, self.log_position
         for start in self.log_copies():
             self.write_log(start, self.log_position, raw)
 
@@ -934,12 +970,14 @@ class Store:
 
     def log_advance(self) -> None:
         """The batch written last is durable: the next one goes behind it."""
+        self._unwanted = None
         self.log_position += self._pending_batch
         self.log_sequence += 1
 
     def new_epoch(self) -> None:
         """The log is folded into blobs: it starts empty with the next commit."""
         self.root.log_epoch += 1
+        self.commit_due = True
         self.log_position = 0
         self.log_sequence = 0
 
@@ -1004,15 +1042,6 @@ class Store:
         sequence = int(head.sequence)
         hides, shows = runs[: head.hides], runs[head.hides :]
         return Batch(sequence, masks.astype(np.uint64), records, crcs.astype(np.uint32), hides, shows), size
-
-    def snapshot_root(self) -> Root:
-        """A copy of the root to come back to when an operation fails before its commit."""
-        return replace(
-            self.root,
-            blobs=dict(self.root.blobs),
-            twins=dict(self.root.twins),
-            properties=dict(self.root.properties),
-        )
 
 
 def _runs_unsorted(blocks: Ints) -> Ints:

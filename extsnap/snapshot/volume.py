@@ -714,6 +714,8 @@ class Volume:
     def changing(self) -> Iterator[Store]:
         """Change what the store remembers; a volume without one gets it, and afterwards all is at rest again."""
         self.require_inside()
+        if self.engine is not None:
+            self.engine.commit()  # if it fails, what is held stays held; a way back to rest would forget it
         try:
             if self.store is None:
                 fs = self.filesystem()

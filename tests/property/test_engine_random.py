@@ -13,6 +13,7 @@ import errno
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import lab
@@ -484,7 +485,7 @@ def test_copies_that_were_written_early(fails_at: int) -> None:
 
 
 def test_a_later_write_to_a_block_that_is_held_for_its_neighbour() -> None:
-    """No snapshot needs the first of the two; it waits in the hold all the same, and what comes later goes behind it."""
+    """No snapshot needs the first of the two; it waits in the hold too, and what comes later goes behind it."""
     bench = Bench(11)
     flags = np.zeros(bench.count, np.bool_)
     flags[1401] = True
@@ -494,6 +495,116 @@ def test_a_later_write_to_a_block_that_is_held_for_its_neighbour() -> None:
     bench.verify()
     bench.reopen()
     bench.verify()
+
+
+def test_a_block_that_is_held_again_after_its_hold_was_let_out() -> None:
+    """The write that fills the hold has it let out first, with the copy that it needs itself."""
+    bench = Bench(12)
+    assert bench.create(~bench.owned)
+    with mock.patch.object(engine, "HOLD_ENTRIES", 4):
+        for block in (1400, 1410, 1412, 1414, 1400, 1400):
+            bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
+        bench.verify()
+        bench.reopen()
+    bench.verify()
+
+
+class Failing:
+    """A device whose next operation of a kind fails, once."""
+
+    def __init__(self, bench: Bench, kind: str, number: int = 1, within: range | None = None) -> None:
+        self._work, self._left, self._within = getattr(bench.device, kind), number, within
+        self._patch = mock.patch.object(bench.device, kind, self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self._left -= self._within is None or arguments[0] in self._within
+        if not self._left:
+            self._left = -1 << 30
+            raise OSError(errno.ENOSPC, "the host is full for a moment")
+        return self._work(*arguments)
+
+    def __enter__(self) -> None:
+        self._patch.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
+
+
+def killed(bench: Bench) -> None:
+    """What the medium has is all that is left."""
+    bench.store = Store.load(bench.device, (bench.store.slot_block(0), bench.store.slot_block(1)), BLOCK)
+    bench.engine = bench.opened()
+    bench.verify()
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_an_overwrite_that_fails(flushed: bool) -> None:
+    """What was held stays held, and what is written to it later is not put back by the next flush."""
+    bench = Bench(13)
+    assert bench.create(~bench.owned)
+    for block in (1400, 1410, 1412):
+        bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
+    with Failing(bench, "pwrite", within=range(1410 * BLOCK, 1411 * BLOCK)), pytest.raises(OSError):
+        bench.engine.flush()
+    if flushed:
+        bench.verify()
+    bench.write(1400 * BLOCK, bench.rng.randbytes(BLOCK))
+    bench.verify()
+    bench.engine.flush()
+    killed(bench)
+
+
+@pytest.mark.parametrize("what", ["blob", "slot", "barrier"])
+@pytest.mark.parametrize("then", ["write", "commit"])
+def test_a_fold_that_fails(what: str, then: str) -> None:
+    """The medium may have the old root or the new one: what comes after it counts with either."""
+    bench = Bench(14)
+    assert bench.create(~bench.owned)
+    for block in range(1400, 1440, 2):
+        bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
+        bench.engine.flush()
+    slot = bench.store.slot_block(0) * BLOCK
+    failing = {
+        "blob": Failing(bench, "pwrite", 3),
+        "slot": Failing(bench, "pwrite", within=range(slot, slot + 1)),
+        "barrier": Failing(bench, "flush"),
+    }[what]
+    with failing, pytest.raises(OSError):
+        bench.engine.fold()
+    if then == "write":
+        for block in range(1401, 1440, 2):
+            bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
+        bench.engine.flush()
+    else:
+        bench.store.commit()
+    killed(bench)
+
+
+def test_a_discard_that_was_folded_in_vain() -> None:
+    """A flush makes a discard durable, also if a fold with it could not be committed."""
+    bench = Bench(15)
+    assert bench.create(~bench.owned)
+    with mock.patch.object(hidden, "HIDE_BYTES", 0):
+        bench.punch(1400 * BLOCK, 30 * BLOCK)
+    slot = bench.store.slot_block(0) * BLOCK
+    with Failing(bench, "pwrite", within=range(slot, slot + 1)), pytest.raises(OSError):
+        bench.engine.fold()
+    bench.engine.flush()
+    killed(bench)
+
+
+def test_a_batch_whose_barrier_failed() -> None:
+    """Its blocks get another use, so it is taken out of the log before."""
+    bench = Bench(16)
+    bench.write(1400 * BLOCK, bench.rng.randbytes(20 * BLOCK))
+    assert bench.create(~bench.owned)
+    with Failing(bench, "flush"), pytest.raises(OSError):
+        bench.engine.preserve(np.arange(1400, 1420) + bench.engine.shift)
+    bench.store.commit()
+    killed(bench)
+    bench.write(1400 * BLOCK, bench.rng.randbytes(20 * BLOCK))
+    bench.engine.flush()
+    killed(bench)
 
 
 def test_one_write_that_takes_several_batches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -486,6 +487,26 @@ def test_what_a_failed_command_began_is_not_made_true_by_the_next(fails: int, mo
     again = opened(MemoryDevice(bytes(device.content)))
     assert again.snapshot_names() == known
     assert len(again.require_engine().snapshots) == int(again.require_store().root.counting).bit_count()
+
+
+def test_a_setting_that_cannot_be_committed_takes_no_write_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command goes back to what is on the medium: what was held, and told to be written, is there by then."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    opened(device).create("one")
+    volume = opened(device)
+    volume.begin_serving()
+    block = next(blocks_of_files(volume))
+    volume.write(block * BLOCK, bytes([0xAA]) * BLOCK)
+
+    def fails() -> None:
+        raise OSError(errno.ENOSPC, "the host is full for a moment")
+
+    monkeypatch.setattr(volume.require_store(), "commit", fails)
+    with pytest.raises(OSError):
+        volume.verb("set", values={"on-full": "drop-oldest"})
+    assert volume.read(block * BLOCK, BLOCK) == bytes([0xAA]) * BLOCK
+    volume.flush()
+    assert device.content[block * BLOCK : (block + 1) * BLOCK] == bytes([0xAA]) * BLOCK
 
 
 def test_an_open_view_outlives_a_refusal() -> None:
