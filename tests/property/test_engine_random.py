@@ -571,18 +571,19 @@ def test_a_fold_that_fails(what: str, then: str) -> None:
     }[what]
     with failing, pytest.raises(OSError):
         bench.engine.fold()
-    if then == "write":
+    if then == "commit":
+        bench.store.commit()
+    else:
         for block in range(1401, 1440, 2):
             bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
-        bench.engine.flush()
-    else:
-        bench.store.commit()
+        bench.engine.commit()  # no flush, which would commit the root as well
     killed(bench)
 
 
 def test_a_discard_that_was_folded_in_vain() -> None:
     """A flush makes a discard durable, also if a fold with it could not be committed."""
     bench = Bench(15)
+    bench.write(1400 * BLOCK, bench.rng.randbytes(30 * BLOCK))
     assert bench.create(~bench.owned)
     with mock.patch.object(hidden, "HIDE_BYTES", 0):
         bench.punch(1400 * BLOCK, 30 * BLOCK)
@@ -591,6 +592,21 @@ def test_a_discard_that_was_folded_in_vain() -> None:
         bench.engine.fold()
     bench.engine.flush()
     killed(bench)
+
+
+def test_a_hidden_block_is_rewritten_with_what_the_medium_has() -> None:
+    """It differs all the same: it read as zeros."""
+    bench = Bench(17)
+    content = bench.rng.randbytes(30 * BLOCK)
+    bench.write(1400 * BLOCK, content)
+    assert bench.create(~bench.owned)
+    with mock.patch.object(hidden, "HIDE_BYTES", 0):
+        bench.punch(1400 * BLOCK, 30 * BLOCK)
+    assert bench.hidden_runs(), "it was copied"
+    bench.rewrite([1405], [content[5 * BLOCK : 6 * BLOCK]])
+    bench.verify()
+    bench.reopen()
+    bench.verify()
 
 
 def test_a_batch_whose_barrier_failed() -> None:
