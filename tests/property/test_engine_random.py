@@ -9,6 +9,7 @@ A snapshot here preserves whatever the test says.  Every run is seeded, and its 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from collections.abc import Iterator
@@ -621,6 +622,40 @@ def test_a_batch_whose_barrier_failed() -> None:
     bench.write(1400 * BLOCK, bench.rng.randbytes(20 * BLOCK))
     bench.engine.flush()
     killed(bench)
+
+
+@pytest.mark.usefixtures("early")
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_random_work_with_errors_of_the_host(seed: int) -> None:
+    """Now and then a write or a barrier fails once; work goes on, and a kill after a good flush loses nothing."""
+    bench, rng = Bench(seed + 200), random.Random(seed)
+    failed = 0
+    free = [*range(1400, 2000), *range(2800, 3990)]
+    hot = rng.sample(free, 40)
+    with mock.patch.object(engine, "HOLD_ENTRIES", 24):
+        for step in range(200):
+            if step % 40 == 0 and len(bench.snapshots) < 4:
+                bench.create(bench.some_blocks())
+            kind = rng.choice(["pwrite", "flush"])
+            failing = Failing(bench, kind, rng.randrange(1, 12)) if rng.random() < 0.3 else contextlib.nullcontext()
+            with failing:
+                dice = rng.random()
+                try:
+                    if dice < 0.85:
+                        count = rng.randrange(1, 8)
+                        bench.write(
+                            rng.choice(hot if rng.random() < 0.5 else free) * BLOCK, rng.randbytes(count * BLOCK)
+                        )
+                    elif dice < 0.93:
+                        bench.engine.flush()
+                    else:
+                        bench.engine.fold()
+                except OSError:
+                    failed += 1
+            if step % 40 == 39:
+                bench.engine.flush()
+                killed(bench)
+    assert failed
 
 
 def test_one_write_that_takes_several_batches() -> None:
