@@ -48,6 +48,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.collect()  # counts what is left, by which Python judges when it is time again
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

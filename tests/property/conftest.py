@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import lab
@@ -12,3 +13,10 @@ import pytest
 def _kept_memory() -> Iterator[None]:
     with lab.kept_memory():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """Engines are cycles of few objects and much memory: Python itself looks for them when there are gigabytes."""
+    yield
+    gc.collect()
