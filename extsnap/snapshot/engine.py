@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -610,7 +611,7 @@ class Engine:
         stop = ((offset + len(data) - 1) >> self._bits) + 1 + self.shift
         count = stop - start
         if not len(self._arena):
-            self._arena = memoryview(bytearray(HOLD_BYTES + PIECE_BYTES))
+            self._arena = memoryview(mmap.mmap(-1, HOLD_BYTES + PIECE_BYTES))  # takes memory as it is used
         cost = self._cost(start, stop)
         if (
             len(self._held) >= HOLD_ENTRIES
