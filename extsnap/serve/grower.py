@@ -7,10 +7,12 @@ believed of the answer).
 
     -> {"do": "watch", "file": PATH, "disk": PATH, "partition": N, "directory": PATH, "limit": BYTES, "cached": BYTES}
     <- {"mounted": true, "limited": true}                  whenever that changes
-    -> {"do": "grow", "runs": [[logical, blocks]], "room": BLOCKS, "cookie": HEX, "block": BYTES}
-    <- {"do": "grow", "extents": [[logical, physical, blocks]], "filled": false, "error": ""}
-    -> {"do": "free", "runs": [[logical, blocks]], "end": BLOCKS, "block": BYTES}
-    <- {"do": "free", "error": ""}
+    -> {"do": "grow", "number": N, "runs": [[logical, blocks]], "room": BLOCKS, "cookie": HEX, "block": BYTES}
+    <- {"do": "grow", "number": N, "extents": [[logical, physical, blocks]], "filled": false, "error": ""}
+    -> {"do": "free", "number": N, "runs": [[logical, blocks]], "end": BLOCKS, "block": BYTES}
+    <- {"do": "free", "number": N, "error": ""}
+
+Every request is answered, with the number that it has, and at once where there is no mount any more.
 
 *The mount* is found through ``/proc/self/mountinfo`` and sysfs.  It is entered by a private copy (``open_tree``), so
 that an unmount at that moment does not find it busy, and only while a request is carried out.
@@ -291,7 +293,7 @@ class _Process:
             self._tell({"mounted": self._told, "limited": limit is None or limit.holds})
 
     def _carry_out(self, request: dict[str, Any]) -> None:
-        answer: dict[str, Any] = {"do": request["do"], "error": ""}
+        answer: dict[str, Any] = {"do": request["do"], "number": request["number"], "error": ""}
         try:
             found = self._mount()
             if found is None:

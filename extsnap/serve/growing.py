@@ -59,7 +59,10 @@ class Growing:
 
     @property
     def under_way(self) -> bool:
-        """Whether the grower has the mount: a filesystem that is unmounted meanwhile goes when it is done."""
+        """Whether the grower has the mount, or what it brought is not taken in yet.
+
+        A filesystem that is unmounted meanwhile goes when the grower is done; its answer comes in any case.
+        """
         growth = self._growth
         return growth is not None and growth.under_way
 
@@ -71,6 +74,12 @@ class Growing:
     def start(self, others: list[int]) -> None:
         """Start the grower, before anything else is opened; ``others`` are what it must not keep."""
         self._grower = Grower.start(others)
+
+    def drop(self) -> None:
+        """Nobody has the volume any more who was asked for something: what they gave counts no more."""
+        growth = self._growth
+        if growth is not None:
+            growth.drop()
 
     def watch(self, poll: select.poll) -> None:
         """Listen to it."""
@@ -124,7 +133,11 @@ class Growing:
             return
         for message in messages:
             if "do" in message and growth is not None:
-                wrong = growth.take(message)
+                try:
+                    wrong = growth.take(message)
+                except (ExtsnapError, OSError) as error:
+                    wrong = f"the store did not grow: {error}"
+                    growth.pause()
                 if wrong:
                     self._server.log(wrong)
 
@@ -155,6 +168,7 @@ class Growing:
             request = growth.step() if stepped else growth.due()
         except (ExtsnapError, OSError) as error:
             self._server.log(f"the store did not grow: {error}")
+            growth.pause()
             request = None
         if request is not None and not self._tell(request):
             growth.forget()

@@ -59,6 +59,8 @@ _SILENT_SECONDS = 10.0  # at the limit, a client that was silent for so long mak
 #: How lines of the log begin that whoever ends the session is told.
 SAID, ENDED_BADLY = "note: ", "ended badly"
 _MOST_SAID = 50  # lines of the volume that a session keeps
+#: Commands that may edit the filesystem where nobody has it.
+_EDITING = ("create", "checksum", "restore", "strip")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -210,7 +212,7 @@ class Server:
                 # A page of the kernel's cache is written whole: where it holds several blocks, all would be copied.
                 writeback_cache=self.config.writeback and self._volume.block_size >= mmap.PAGESIZE,
                 like=os.stat(self.config.image) if self.config.allow_other else None,
-                before_write=self._begin if self.config.writable else None,
+                before_write=self._before_write if self.config.writable else None,
                 log=self.log,
             )
             if self.config.writable:
@@ -274,6 +276,12 @@ class Server:
                 live=self.config.live,
             )
             self._begun = True
+
+    def _before_write(self) -> None:
+        """Somebody opens the base volume for writing: the first one since nobody had it may change it as they like."""
+        if not self.in_use():
+            self._growing.drop()
+        self._begin()
 
     def _catch_signals(self) -> None:
         self._signals_read, self._signals_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -605,6 +613,11 @@ class Server:
         files = self._files
         if verb in ("restore", "strip") and files.volume_opens:
             raise self.busy([files.base_name], f"{verb} needs the volume for itself", "unmount or close it first")
+        if verb in _EDITING and not self.in_use():
+            self._growing.drop()
+            if self._growing.under_way:  # what it is asked for could still be carried out, in the next mount
+                what = f"{self.config.image} was unmounted a moment ago, and the growth of its store is not at its end"
+                raise control.StillClosing(what, hint="wait a second, then try again")
         if verb not in ("strip", "delete") or not files.open_views():
             return
         names = set(self._volume.snapshot_names())

@@ -7,12 +7,16 @@ decides what to ask for and takes in what came of it.  Nothing here waits for an
     Growth.due()      -> a request, or None: nothing to do, or one is under way
     Growth.take()     <- the answer
     Growth.step()     the next piece of it is made true, while `at_work`
+    Growth.drop()     whatever of it is not true yet never is: the filesystem is about to be somebody else's
 
 What is durable when
 --------------------
 * Growth is filesystem first: the answer comes when the file has its new blocks durably.  Until the header's commit
   (`Engine.own`, one for each piece) they are a surplus that nobody writes to; a crash leaves it to the next open.
 * Shrinking is header first: `Engine.disown` is durable before the filesystem is asked to free the blocks.
+* What was given counts only for as long as whoever gave it has the filesystem.  When extsnap edits it itself, or
+  somebody opens it anew, the rest of an answer is dropped, and so is an answer that is still on its way: each bears
+  the number of its request.  Such blocks stay a surplus, which the next edit gives back.
 * The store's nodes are the kernel's meanwhile: the header's list of them is brought up to date offline, where blocks
   that the kernel left unwritten are made written as well.
 
@@ -27,6 +31,7 @@ is still to preserve than that, so much is enough.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +40,7 @@ import numpy as np
 
 from extsnap.arrays import Ints, expand, runs_of
 from extsnap.blockdev.base import Buffer
+from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot.engine import HOLD_BYTES
@@ -62,6 +68,8 @@ WORTH_IT = 64
 PAUSE = 2.0
 #: Seconds in which writing may use up the whole reserve while it waits for growth; and the longest one waits.
 LAG_SECONDS, LAG_MOST = 1.0, 1.0
+#: Numbers of requests: none is used twice in a process, whatever volume or session it is of.
+_NUMBERS = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class Growth:
         unsettled: Whether the filesystem's home blocks may not say yet what the kernel knows of the store.
         kernel_edits: Whether the kernel was asked to change the store's file since the volume is served.
         cookie: That of the growth that is under way.
+        awaited: Number of the request whose answer is still to come, also if it does not count any more.
         hope: Whether a write that finds no room is tried again by whoever serves it: until then no snapshot is dropped
             for it.
     """
@@ -171,6 +180,7 @@ class Growth:
         self.held_back = False
         self.unsettled = self.kernel_edits = self.hope = False
         self.cookie: Cookie | None = None
+        self.awaited: int | None = None
         self._asked: str | None = None
         self._grant: _Grant | None = None
         self._wanted = self._ahead = 0
@@ -187,7 +197,7 @@ class Growth:
     @property
     def under_way(self) -> bool:
         """Whether an answer is awaited or still being made true."""
-        return self._asked is not None or self._grant is not None
+        return self.awaited is not None or self._grant is not None
 
     @property
     def is_coming(self) -> bool:
@@ -305,11 +315,11 @@ class Growth:
     def _ask_for(self, blocks: int) -> dict[str, Any]:
         volume, store = self._volume, self._volume.require_store()
         self.cookie = Cookie(volume.random_bytes(16), volume.block_size)
-        self._asked = "grow"
-        self.unsettled = self.kernel_edits = True
+        number = self._ask("grow")
         runs = graft.logical_runs(store.root.extents, -(-blocks // self._unit) * self._unit)
         return {
             "do": "grow",
+            "number": number,
             "runs": runs.tolist(),
             "room": self._volume.require_engine().left,
             "cookie": self.cookie.pattern.hex(),
@@ -331,10 +341,14 @@ class Growth:
         return self._ask_to_free(runs)
 
     def _ask_to_free(self, runs: Ints) -> dict[str, Any]:
-        self._asked = "free"
+        number, end = self._ask("free"), self._volume.require_store().root.size_blocks
+        return {"do": "free", "number": number, "runs": runs.tolist(), "end": end, "block": self._volume.block_size}
+
+    def _ask(self, what: str) -> int:
+        """Note that the kernel is asked for something; returns the number of the request."""
+        self._asked, self.awaited = what, next(_NUMBERS)
         self.unsettled = self.kernel_edits = True
-        root = self._volume.require_store().root
-        return {"do": "free", "runs": runs.tolist(), "end": root.size_blocks, "block": self._volume.block_size}
+        return self.awaited
 
     # -- what came of it --------------------------------------------------------------------------------
 
@@ -343,28 +357,37 @@ class Growth:
 
         Its extents are believed as far as they can be checked: they hold all that the store owns, and what is new
         lies in the volume, is nobody's metadata, and (after a zero-fill) is where the pattern of this growth arrived.
+        One that nobody waits for any more is ignored.
+
+        Raises:
+            ExtsnapError, OSError: It could not be judged; it does not count.
         """
+        if answer.get("number") != self.awaited:
+            return ""
+        self.awaited = None
         asked, self._asked = self._asked, None
         cookie, self.cookie = self.cookie, None
         self.look_again()
+        if asked is None:
+            return ""
         if asked != "grow" or answer.get("error"):
-            if asked is not None and (answer.get("error") or not self._goes_on):
-                self._pause()
+            if answer.get("error") or not self._goes_on:
+                self.pause()
             self._goes_on = False
             return str(answer.get("error", ""))
         if not answer.get("extents"):
-            self._pause()
+            self.pause()
             self._exhaust(True)
             return ""
         rows = np.array(answer["extents"], np.int64).reshape(-1, 3)
         wrong, new = self._verify(rows, cookie if answer.get("filled") else None)
         if wrong:
-            self._pause()
+            self.pause()
             return f"the growth of the store was not used: {wrong}"
         count = int(new[:, 2].sum())
         self._exhaust(not count)
         if not count:
-            self._pause()
+            self.pause()
             return ""
         engine = self._volume.require_engine()
         engine.commit()
@@ -402,10 +425,11 @@ class Growth:
         piece, before = grant.rows.pop(0), store.available
         try:
             engine.commit()  # if this fails, what is held stays held
+            self._require_given(piece)
             volume.own(graft.join(np.concatenate([store.root.extents, piece])), expand(piece[:, 1], piece[:, 2]))
         except BaseException:
             self._grant = None
-            self._pause()
+            self.pause()
             raise
         volume.count_room(store.available - before)
         grant.gained += store.available - before
@@ -413,14 +437,34 @@ class Growth:
             self._grant = None
         return None
 
+    def _require_given(self, piece: Extents) -> None:
+        """Refuse rows that are not, or not any more, new blocks of the store's file.
+
+        Raises:
+            ExtsnapError: They are not.
+        """
+        volume, root = self._volume, self._volume.require_store().root
+        is_new = not any(_overlap(piece[:, [at, 2]], root.extents[:, [at, 2]]) for at in (0, 1))
+        # While somebody has the filesystem, the map of it that we see may be one of before, and their word counts.
+        if is_new and not volume.in_use:
+            is_new = graft.has_all(volume.filesystem().file_map(root.store_inode).data, piece)
+        if not is_new:
+            raise ExtsnapError("blocks that it was given are not its new ones any more")
+
+    def drop(self) -> None:
+        """What was given and is not made true yet, or is still to be given, is never made true: see the module."""
+        self._asked, self._grant, self.cookie = None, None, None
+        self._goes_on = False
+
     def forget(self) -> None:
         """Whoever was asked is gone: there will be no answer."""
-        self._asked, self._grant, self.cookie = None, None, None
+        self.drop()
+        self.awaited = None
         self.mounted = self.hope = False
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
         """Ask for nothing for a while, or until a good part of the room that there is now is gone."""
-        left = self._volume.require_engine().left
+        left = self._volume.engine.left if self._volume.engine is not None else 0
         self._retry_at, self._left_then = time.monotonic() + PAUSE, left - max(64, left // 8)
 
     def _verify(self, rows: Extents, cookie: Cookie | None) -> tuple[str, Extents]:

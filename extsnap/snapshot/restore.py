@@ -58,6 +58,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     """
     if safety or not volume.needs_replay:  # what is not kept need not be whole
         volume.require_trusted()
+    volume.require_unused()
     target = volume.find(name)
     engine, store = volume.require_engine(), volume.require_store()
     _reveal(volume, everything=not safety and volume.needs_replay)

@@ -161,7 +161,8 @@ def watch(volume: Volume) -> None:
 
     Where the kernel has mounted it and the store cannot grow any more, room is kept for metadata.
     """
-    if volume.growth is None and volume.serving and not volume.needs_replay and volume.engine is not None:
+    is_final = not volume.needs_replay and volume.deferred is None  # the store cannot have what may yet be dropped
+    if volume.growth is None and volume.serving and is_final and volume.engine is not None:
         volume.growth = Growth(volume)
     watched = volume.serving and not volume.needs_replay and volume.engine is not None and bool(volume.engine.snapshots)
     volume.look_at = ALWAYS if watched else NEVER

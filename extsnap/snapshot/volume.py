@@ -368,8 +368,6 @@ class Volume:
             NeedsRecovery: The journal must be replayed through the write path first.
         """
         self.require_inside()
-        if self.deferred is not None:
-            raise NeedsRecovery(f"{self.name} is being repaired", hint="wait until that command has ended")
         if self.needs_replay:
             undone = left_undone(self.filesystem()) or "was not closed"
             raise NeedsRecovery(f"{self.name} {undone}", hint=how_to_repair(self.name))
@@ -383,11 +381,19 @@ class Volume:
         return [entry.name for entry in entries if engine.lost_parts.of(entry.bit).any()]
 
     def require_inside(self, going: Iterable[str] = ()) -> None:
-        """Refuse to change a volume that was written outside extsnap, or whose records are lost.
+        """Refuse to change a volume that was written outside extsnap, whose records are lost, or under repair.
+
+        What a repair writes waits above the engine, which therefore must be the same from its beginning to its end;
+        a change that fails half way would have it built anew.
 
         Args:
             going: Snapshots that the command deletes.
         """
+        if self.deferred is not None:
+            raise NeedsRecovery(
+                f"{self.name} is being repaired, and its snapshots stay as they are meanwhile",
+                hint="wait until that command has ended, then try again",
+            )
         if self.engine is not None and self.engine.lost_parts and not set(self.damaged_names()) <= set(going):
             damaged = self.damaged_names()
             whole = "the others" if len(damaged) < len(self.engine.snapshots) else "the volume"
@@ -448,6 +454,8 @@ class Volume:
     def require_unused(self) -> None:
         """Refuse to edit a filesystem that somebody else has in memory.
 
+        Where nobody has it, what they gave the store and it has not taken in yet is dropped: the edit gives it back.
+
         Raises:
             VolumeBusy: It is in use.
         """
@@ -456,6 +464,8 @@ class Volume:
                 f"{self.name} is in use, and its filesystem cannot be changed underneath",
                 hint="unmount or close it first",
             )
+        if self.growth is not None:
+            self.growth.drop()
 
     @property
     def guard_wanted(self) -> bool:

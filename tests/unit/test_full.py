@@ -538,7 +538,7 @@ def test_a_restore_of_a_served_volume_uses_all_of_the_room(kind: str) -> None:
     volume.growth.note_mount(True)
     volume.growth._wanted = volume.store.available
     assert volume.growth.due() is not None
-    volume.growth.take({"do": "grow", "error": "", "extents": []})
+    volume.growth.take({"do": "grow", "number": volume.growth.awaited, "error": "", "extents": []})
     assert volume.vital is not None
     blocks = list(blocks_of_files(volume))
     for block in blocks:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import lab
 import numpy as np
 import oracle
 import pytest
@@ -14,11 +15,31 @@ from arena import make_volume
 
 import extsnap
 from extsnap.arrays import overlap
-from extsnap.errors import StoreProtected
-from extsnap.snapshot import graft
+from extsnap.blockdev.overlay import Overlay
+from extsnap.errors import ExtsnapError, StoreProtected
+from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import edit, graft
 from extsnap.snapshot.growth import PIECE_BLOCKS, Cookie, Growth, Reserve, _overlap, _pieces
 
 FILE = bytes(range(256)) * 1024  # 256 KiB
+
+
+class Above:
+    """A server; while ``used`` the kernel has the filesystem, and its word counts."""
+
+    used = True
+
+    def in_use(self) -> bool:
+        return self.used
+
+    def say(self, message: str) -> None:
+        pass
+
+    def open_views(self) -> list[str]:
+        return []
+
+    def snapshots_changed(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -39,12 +60,14 @@ def served(tmp_path: Path):
 
 def answer(volume, *rows: tuple[int, int, int]) -> dict[str, object]:
     extents = volume.store.root.extents.tolist()
-    return {"do": "grow", "error": "", "filled": False, "extents": [*extents, *map(list, rows)]}
+    found = {"do": "grow", "number": volume.growth.awaited, "error": "", "filled": False}
+    return found | {"extents": [*extents, *map(list, rows)]}
 
 
 def ask(volume) -> Growth:
     growth = volume.growth
     assert growth is not None
+    volume.serve_below(Above())
     growth.mounted = True
     assert growth.due() is None, "there is room for everything"
     growth._wanted = volume.store.available
@@ -99,7 +122,7 @@ def test_a_grant_that_is_mostly_needed_blocks_goes_back(served) -> None:
     assert request is not None
     assert (request["do"], request["runs"]) == ("free", [[end, 40]])
     assert np.array_equal(volume.store.root.extents, extents)
-    assert growth.take({"do": "free", "error": ""}) == ""
+    assert growth.take({"do": "free", "number": growth.awaited, "error": ""}) == ""
     growth._wanted = volume.store.available
     assert growth.due() is None, "it stops for a while"
 
@@ -118,7 +141,7 @@ def test_of_a_grant_that_is_nearly_all_needed_the_rest_is_taken_and_more_is_aske
     assert request is not None
     assert (request["do"], request["runs"]) == ("free", [[end, 80], [end + 88, 40]])
     assert not growth.at_work
-    assert growth.take({"do": "free", "error": ""}) == ""
+    assert growth.take({"do": "free", "number": growth.awaited, "error": ""}) == ""
     asked = []
     for found in ([(end + 88, free + 8, 1)], []):
         growth._wanted = volume.store.available
@@ -171,6 +194,7 @@ def test_a_snapshot_finds_room_for_what_it_will_preserve(tmp_path: Path) -> None
         volume.begin_serving()
         growth, store = volume.growth, volume.store
         assert growth is not None
+        volume.serve_below(Above())
         growth.mounted = True
         store.allocate(store.available - volume.engine.reserve() - volume.engine.spared)
         assert growth.due() is None, "nothing is preserved"
@@ -241,7 +265,7 @@ def test_a_map_of_before_says_nothing_about_the_nodes(tmp_path: Path) -> None:
         growth = ask(volume)
         node = int(volume.store.root.mapping[0]) * 1024
         old = volume.read(node, 1024)
-        growth.take({"do": "grow", "error": "", "extents": []})
+        growth.take({"do": "grow", "number": growth.awaited, "error": "", "extents": []})
         links = volume.filesystem().inode_offset(volume.store.root.store_inode) + 0x1A
         volume.write(links, b"\2\0")  # the kernel's map of before, whole
         volume.write(node, b"\xff" * 1024)
@@ -255,7 +279,7 @@ def test_a_map_of_before_says_nothing_about_the_nodes(tmp_path: Path) -> None:
 def test_without_a_limit_of_dirty_pages_all_is_to_have_room(served) -> None:
     volume, _, _ = served
     growth, engine = ask(volume), volume.engine
-    growth.take({"do": "grow", "error": "", "extents": []})
+    growth.take({"do": "grow", "number": growth.awaited, "error": "", "extents": []})
     growth.look_again()
     growth.reserve, growth._wanted = Reserve(0, 0, 8, 8), 0
     asked = []
@@ -283,6 +307,7 @@ def test_a_fill_counts_only_where_its_pattern_arrived(served) -> None:
     growth._retry_at, growth._left_then = 0.0, None
     assert growth.due() is not None
     assert growth.cookie is not None
+    filled["number"] = growth.awaited
     volume.write(free * 1024, growth.cookie.pattern * (64 * 1024 // 16))
     volume.write(int(blocks[0]) * 1024, growth.cookie.pattern * (8 * 1024 // 16))
     filled["extents"].append([end + 64, int(blocks[0]), 8])  # type: ignore[attr-defined]
@@ -292,6 +317,123 @@ def test_a_fill_counts_only_where_its_pattern_arrived(served) -> None:
     with volume.snapshots["one"].open() as view:
         view.seek(int(blocks[0]) * 1024)
         assert view.read(8 * 1024) == FILE[: 8 * 1024], "what the snapshot needs was lost under the fill"
+
+
+def from_above(volume, changed: bytes) -> None:
+    """Write what is different in ``changed``, as the kernel would."""
+    old = np.frombuffer(volume.read(0, volume.size), np.uint8).reshape(-1, 1024)
+    new = np.frombuffer(changed, np.uint8).reshape(-1, 1024)
+    for block in np.flatnonzero((old != new).any(axis=1)).tolist():
+        volume.write(block * 1024, new[block].tobytes())
+
+
+def half_made(volume, monkeypatch, *rows: tuple[int, int, int]) -> tuple[Growth, dict[str, object]]:
+    """The kernel has given the store these rows, the first of them is made true, and now it has unmounted."""
+    growth = ask(volume)
+    monkeypatch.setattr("extsnap.snapshot.growth.PIECE_BLOCKS", rows[0][2])
+    overlay = Overlay(volume.base, 1024)
+    fs = Filesystem.open(overlay, writable=True)
+    root, found = volume.store.root, answer(volume, *rows)
+    wanted = np.array(found["extents"], np.int64)
+    graft.resize(fs, root.store_inode, root.extents, wanted, volume.needed_groups())
+    fs.flush()
+    for block, data in sorted(overlay.changes().items()):
+        volume.write(block * 1024, data)
+    assert growth.take(found) == ""
+    assert growth.step() is None
+    assert growth.at_work, "it is all in one piece"
+    volume.above.used = False
+    return growth, found
+
+
+def test_a_restore_ends_what_an_unmounted_kernel_gave(served, monkeypatch) -> None:
+    """The rest of it are blocks of a file that is there again."""
+    volume, blocks, _ = served
+    from_above(volume, lab.changed_by_debugfs(volume.read(0, volume.size), "rm /gone"))
+    end, free = end_of(volume), free_run(volume, 60)
+    growth, found = half_made(volume, monkeypatch, (end, free, 60), (end + 60, int(blocks[0]), 20))
+    volume.verb("restore", name="one")
+    assert not growth.at_work
+    growth.take(found)
+    while growth.at_work:
+        growth.step()
+    assert volume.read(int(blocks[0]) * 1024, 20 * 1024) == FILE[: 20 * 1024]
+    assert volume.end_serving()
+    assert not lab.complaint(Path(volume.path).read_bytes())
+
+
+def test_an_edit_of_our_own_ends_what_an_unmounted_kernel_gave(served, monkeypatch) -> None:
+    """It gives the rest back, and then that may be the store's anyway: twice the store's is nobody's."""
+    volume, _, _ = served
+    end, free = end_of(volume), free_run(volume, 120)
+    growth, _ = half_made(volume, monkeypatch, (end, free, 60), (end + 60, free + 60, 60))
+    assert edit.grow(volume, 300) == 300
+    assert not growth.at_work
+    volume.create("two")
+    while growth.at_work:
+        growth.step()
+    assert not overlap(volume.store.root.allocation_runs())
+    assert volume.end_serving()
+    volume.close()
+    assert not lab.complaint(Path(volume.path).read_bytes())
+    with extsnap.open(volume.path, writable=False) as again:
+        assert again.snapshot_names() == ["one", "two"]
+
+
+def test_what_the_kernel_gave_is_made_true_after_the_unmount_too(served, monkeypatch) -> None:
+    volume, _, _ = served
+    end, free = end_of(volume), free_run(volume, 120)
+    growth, _ = half_made(volume, monkeypatch, (end, free, 60), (end + 60, free + 60, 60))
+    assert growth.step() is None
+    assert not growth.under_way
+    assert end_of(volume) == end + 120
+    assert volume.end_serving()
+    assert not lab.complaint(Path(volume.path).read_bytes())
+
+
+def test_blocks_that_the_file_does_not_have_are_never_made_ours(served) -> None:
+    """Whoever unmounted may have let somebody else at the filesystem."""
+    volume, _, _ = served
+    growth, before = ask(volume), volume.store.root.extents.copy()
+    growth.take(answer(volume, (end_of(volume), free_run(volume, 64), 64)))
+    volume.above.used = False
+    with pytest.raises(ExtsnapError, match="not its new ones"):
+        growth.step()
+    assert not growth.under_way
+    assert np.array_equal(volume.store.root.extents, before)
+
+
+def test_blocks_that_the_store_has_are_not_made_ours_twice(served) -> None:
+    volume, _, _ = served
+    growth = ask(volume)
+    growth.take(answer(volume, (end_of(volume), free_run(volume, 64), 64)))
+    assert growth._grant is not None
+    growth._grant.rows *= 2
+    growth.step()
+    extents = volume.store.root.extents.copy()
+    with pytest.raises(ExtsnapError, match="not its new ones"):
+        growth.step()
+    assert np.array_equal(volume.store.root.extents, extents)
+
+
+def test_a_late_answer_is_not_the_next_ones(served) -> None:
+    volume, _, _ = served
+    growth = ask(volume)
+    late = answer(volume, (end_of(volume), free_run(volume, 64), 64))
+    growth.drop()
+    growth.look_again()
+    assert growth.under_way
+    assert growth.due() is None, "one request at a time"
+    assert growth.take(late) == ""
+    assert not growth.under_way, "it was dropped before it came"
+    request = growth.due()
+    assert request is not None
+    assert request["number"] != late["number"]
+    assert growth.take(late) == ""
+    assert growth.awaited == request["number"]
+    assert not growth.at_work
+    growth.take(late | {"number": request["number"]})
+    assert growth.at_work
 
 
 def test_sifting_a_write() -> None:
@@ -342,5 +484,5 @@ def test_acknowledgements_are_late_only_while_growth_is_needed(served) -> None:
     growth.reserve = Reserve(0, 0, 1 << 40, 100)
     assert 0.0 < write(1) <= 1.0
     assert growth.lag() == 0.0, "nothing was written since"
-    growth.take({"do": "grow", "error": "", "extents": []})
+    growth.take({"do": "grow", "number": growth.awaited, "error": "", "extents": []})
     assert write(2) == 0.0, "nothing is under way that could be waited for"
