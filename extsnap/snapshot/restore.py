@@ -12,6 +12,8 @@ What is durable when:
  5. the mark comes off
 A crash between 2 and 4 leaves the mark, so nobody mounts a half-restored volume, and the next command repeats 3:
 the target's view does not change meanwhile, because the write path preserves it like every other snapshot.
+An error between them is the same: what is in memory is read anew, and whoever goes on with the volume (a server)
+serves nothing of it and takes no other command before 3 and 4 are done (`finish`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 
 from extsnap.arrays import Bits, Ints, distinct, expand, runs_of, without
 from extsnap.blockdev.overlay import Overlay
-from extsnap.errors import ExtsnapError, RestoreRefused, SnapshotNotFound, VolumeFull
+from extsnap.errors import ExtsnapError, NeedsRecovery, RestoreRefused, SnapshotNotFound, VolumeFull
 from extsnap.ext import log
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.journal import SEQUENCES, later
@@ -55,7 +57,9 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     Raises:
         SnapshotNotFound: No such snapshot.
         RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
+        NeedsRecovery: It was begun and is not finished; the next command finishes it.
     """
+    volume.finish_restore()
     if safety or not volume.needs_replay:  # what is not kept need not be whole
         volume.require_trusted()
     volume.require_unused()
@@ -113,12 +117,33 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             edit.shrink(volume, grown)
             volume.settle()
         raise
+    try:
+        finish(volume)
+    except (ExtsnapError, OSError) as error:
+        if volume.store is not None and volume.store.root.restore is None:
+            raise
+        raise NeedsRecovery(
+            f"the restore of {volume.name} to {name!a} was begun and is not finished: {error}",
+            hint="the next command that writes, or extsnap run, completes it",
+        ) from error
+    return staged.entry if staged is not None else None
+
+
+def finish(volume: Volume) -> None:
+    """Do what is left of a restore that was begun, if there is one, and bring the volume to rest.
+
+    Raises:
+        ExtsnapError, OSError: It is not done; nothing of it is in memory, and the next call does it.
+    """
+    intent = volume.store.root.restore if volume.store is not None else None
+    if intent is None:
+        return
+    target = next(entry for entry in volume.snapshot_list() if entry.id == intent.target_id)
     complete(volume)
     volume.vital = None  # metadata may be elsewhere
     volume.needs_replay = False
     volume.settle()
     volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long
-    return staged.entry if staged is not None else None
 
 
 def has_work_left(volume: Volume, name: str) -> bool:
@@ -311,9 +336,18 @@ def _sequence_now(volume: Volume, then: int) -> int:
 
 
 def complete(volume: Volume) -> None:
-    """Steps 3 and 4 of the restore that the header intends; safe to repeat."""
-    with volume.require_engine().own_edit():
-        _complete(volume)
+    """Steps 3 and 4 of the restore that the header intends; safe to repeat.
+
+    Raises:
+        ExtsnapError, OSError: It is not done.  The state in memory is the committed one: nothing of a commit that
+            failed is there for the next one to make true by half.
+    """
+    try:
+        with volume.require_engine().own_edit():
+            _complete(volume)
+    except BaseException:
+        volume.reload()
+        raise
 
 
 def _complete(volume: Volume) -> None:

@@ -89,6 +89,7 @@ def end(volume: Volume) -> bool:
     Raises:
         VolumeFull: A repair needs more copies than there is room for; nothing of it was done, the mark stays.
     """
+    volume.finish_restore()
     volume.base.flush()
     volume.serving = False
     volume.growth = None

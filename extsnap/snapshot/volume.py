@@ -386,6 +386,8 @@ class Volume:
         What a repair writes waits above the engine, which therefore must be the same from its beginning to its end;
         a change that fails half way would have it built anew.
 
+        A restore that was begun and failed is finished first.
+
         Args:
             going: Snapshots that the command deletes.
         """
@@ -394,6 +396,7 @@ class Volume:
                 f"{self.name} is being repaired, and its snapshots stay as they are meanwhile",
                 hint="wait until that command has ended, then try again",
             )
+        self.finish_restore()
         if self.engine is not None and self.engine.lost_parts and not set(self.damaged_names()) <= set(going):
             damaged = self.damaged_names()
             whole = "the others" if len(damaged) < len(self.engine.snapshots) else "the volume"
@@ -434,10 +437,13 @@ class Volume:
         """The base volume as a device: the engine where there is a store, else the medium.
 
         Raises:
-            OSError: After an error the state could not be read again: writing on could damage snapshots.
+            OSError: After an error the state could not be read again: writing on could damage snapshots.  Or a
+                restore that was begun is not finished: what is written would be lost by that.
         """
         if self._lost:
             raise OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
+        if self._restore_begun:
+            raise OSError(errno.EIO, f"{self.name}: a restore was begun, and the next command has to finish it first")
         if self.repair is not None:
             return self.repair
         return self.engine if self.engine is not None else self.medium
@@ -612,6 +618,19 @@ class Volume:
         self.set_mark(True)
         store.root.flags |= fmt.SlotFlags.OPEN
         store.commit()
+
+    @property
+    def _restore_begun(self) -> bool:
+        """Whether the base volume is half restored, and this process is to finish that."""
+        begun = self.store is not None and self.store.root.restore is not None
+        return begun and self.writable and self.medium.state.mark
+
+    def finish_restore(self) -> None:
+        """Finish a restore that this process began, where an error came between: see `restore.finish`."""
+        if self._restore_begun:
+            from extsnap.snapshot.restore import finish
+
+            finish(self)
 
     def reload(self) -> None:
         """Forget the state in memory and read the committed one: after an operation that failed half way."""
