@@ -18,6 +18,8 @@ At set-up there is no header to find before the pointer is in the superblock, so
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +31,7 @@ from extsnap.arrays import (
     bits_of,
     breaks_to_runs,
     distinct,
-    merge_runs,
+    expand,
     runs_of,
     set_runs,
 )
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 #: Room for copies that a volume with snapshots always has, in blocks: the next edit's own metadata needs it.
 MINIMUM_ROOM = 96
+#: Blocks by which the parts of what a change needs may be off, each being rounded by itself.
+ROUNDING = 4
 NO_RUNS: Ints = np.zeros((0, 2), np.int64)
 LOG_BYTES_MINIMUM = 64 << 10
 LOG_BYTES_MAXIMUM = 4 << 20
@@ -170,6 +174,8 @@ def grow(volume: Volume, blocks: int, *avoid: ByteWindows) -> int:
         try:
             resize(volume, graft.join(np.concatenate([extents, new])))
         except VolumeFull:
+            if is_begun(store, extents):
+                raise
             step = found // 2
             continue
         added += found
@@ -186,12 +192,13 @@ def shrink(volume: Volume, blocks: int) -> int:
     withdrawn = unused_runs(store, blocks, unit)
     if not len(withdrawn):
         return 0
-    wanted = without(store.root, withdrawn)
-    store.withdraw(withdrawn)
+    extents = store.root.extents
     try:
-        resize(volume, wanted)
+        with _withdrawn(store, withdrawn):
+            resize(volume, without(store.root, withdrawn))
     except VolumeFull:
-        store.put_back(withdrawn)
+        if is_begun(store, extents):
+            raise
         return 0
     return int(withdrawn[:, 1].sum())
 
@@ -203,25 +210,47 @@ def give_back_growth(volume: Volume, before: Extents) -> None:
     """
     store = volume.require_store()
     unit = volume.filesystem().geometry.cluster_blocks
-    size = store.root.size_blocks
+    extents, size = store.root.extents, store.root.size_blocks
 
     def grown_and_free() -> Ints:
         bits = bits_of(store.available_runs(), size)
         set_runs(bits, before[:, [0, 2]], False)
         return bitmap_runs(bits, size)
 
-    gone = grown_and_free()
-    store.withdraw(gone)
     try:
-        store.commit()
-        left = grown_and_free()
-        store.withdraw(left)
-        gone = merge_runs(np.concatenate([gone, left]))
-        whole = graft.whole_units(gone, unit)
+        with _withdrawn(store, grown_and_free()):
+            store.commit()
+        whole = graft.whole_units(grown_and_free(), unit)
         if len(whole):
-            resize(volume, without(store.root, whole))
+            with _withdrawn(store, whole):
+                resize(volume, without(store.root, whole))
     except VolumeFull:
-        store.put_back(gone)
+        if is_begun(store, extents):
+            raise
+
+
+def is_begun(store: Store, extents: Extents) -> bool:
+    """Whether a change of the store's size was committed.
+
+    If an error came after that it is to be finished, by `finish` or by the next open: nothing may be taken back, and
+    nothing tried instead.
+
+    Args:
+        extents: As they were in the root before.
+    """
+    return store.root.pending is not None or store.root.extents is not extents
+
+
+@contextlib.contextmanager
+def _withdrawn(store: Store, runs: Ints) -> Iterator[None]:
+    """Free blocks of the store are out of service meanwhile, and for good if a change of its size was begun."""
+    extents = store.root.extents
+    store.withdraw(runs)
+    try:
+        yield
+    finally:
+        if not is_begun(store, extents):
+            store.put_back(runs)
 
 
 def unused_runs(store: Store, blocks: int, unit: int) -> Ints:
@@ -284,13 +313,8 @@ def move(volume: Volume, blocks: Ints, *avoid: ByteWindows) -> None:
     wanted = without(store.root, runs_of(logical))
     if count:
         wanted = graft.join(np.concatenate([wanted, graft.map_runs(runs_of(logical[moves]), runs)]))
-    given_back = runs_of(logical[~moves])
-    store.withdraw(given_back)
-    try:
+    with _withdrawn(store, runs_of(logical[~moves])):
         resize(volume, wanted, fmt.PendingKind.MOVE)
-    except VolumeFull:
-        store.put_back(given_back)
-        raise
 
 
 def remove(volume: Volume) -> None:
@@ -309,6 +333,7 @@ def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None
     """Steps 2 and 3, after making sure that step 4 cannot lack room."""
     volume.require_unused()
     engine, store = volume.require_engine(), volume.require_store()
+    engine.commit()  # what is held has a claim on the room
     redo = _build_redo(changes)
     positions = np.array(sorted(changes), np.int64) + engine.shift
     if engine.owns(positions).any():
@@ -316,16 +341,38 @@ def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None
         raise StoreDamaged("a change of the store's size would write into the store", hint="run extsnap check")
     copies = int(engine.need.test(positions).sum())
     redo_blocks = 2 * -(-len(redo) // volume.block_size)
-    if redo_blocks + copies > store.available - engine.reserve():
+    needed = _room_for(engine, pending, redo_blocks, copies)
+    if needed > store.available - engine.reserve():
         raise VolumeFull(
             f"the store has room for {max(0, store.available - engine.reserve())} blocks and the change "
-            f"of its own size needs {redo_blocks + copies}",
+            f"of its own size needs {needed}",
             hint="delete a snapshot",
         )
     volume.set_mark(True)
     store.write_blob(fmt.BlobKind.REDO, 0, redo)
     store.root.pending = pending
-    store.commit()
+    try:
+        store.commit()
+    except VolumeFull:  # before anything was written
+        store.root.pending = None
+        for runs in (store.root.blobs.pop((fmt.BlobKind.REDO, 0)).runs, store.root.twins.pop((fmt.BlobKind.REDO, 0))):
+            store.unallocate(expand(runs[:, 0], runs[:, 1]))
+        raise
+
+
+def _room_for(engine: Engine, pending: Pending, redo_blocks: int, copies: int) -> int:
+    """Blocks beyond the engine's reserve that all of a change takes: what is committed must not fail for want of room.
+
+    Besides redo blocks and copies (with their records, and masks that nobody has yet) it is the header, which has
+    the new extents beside the old ones until the change is done, and then instead of them.
+    """
+    root, size = engine.store.root, engine.block_size
+    extents, mapping = len(pending.extents), len(pending.mapping)
+    beside = 24 * extents + 16 * mapping + 16 * redo_blocks
+    instead = 24 * max(0, extents - len(root.extents)) + 16 * max(0, mapping - len(root.mapping))
+    header = -(-(2 * beside + 4 * instead) // (size - fmt.SEGMENT_HEADER))
+    masks = -(-16 * engine.masks.words * copies // size)
+    return int(redo_blocks + engine.blocks_for(copies) + header + masks + ROUNDING)
 
 
 def finish(volume: Volume) -> None:

@@ -8,6 +8,7 @@ import lab
 import numpy as np
 import pytest
 
+from extsnap.errors import VolumeFull
 from extsnap.snapshot import edit
 from extsnap.snapshot.volume import Volume
 
@@ -53,3 +54,51 @@ def test_a_shrink_that_is_finished_by_the_next_command(kind: str, monkeypatch: p
     reader = opened(lab.MemoryDevice(content), writable=False)
     assert not reader.verb("check")["store"]["errors"]
     assert reader.open_view("one").pread(0, reader.size) == truth
+
+
+def go_on(volume: Volume, blocks: list[int]) -> None:
+    """Overwrite blocks, as many as have room for their copies."""
+    rng = random.Random(5)
+    for block in blocks:
+        try:
+            volume.write(block * lab.BLOCK, rng.randbytes(lab.BLOCK))
+        except VolumeFull:
+            break
+    volume.flush()
+
+
+def test_a_shrink_that_lacks_room_is_refused_before_it_is_begun() -> None:
+    """Block by block a store fills up, until there is no room for its own change of size: it is done whole or not."""
+    device = lab.MemoryDevice(lab.plain_image("ext4"))
+    opened(device).create("one")
+    files: list[int] = np.flatnonzero(lab.survey(device.content).files).tolist()
+    volume = opened(device)
+    truth = volume.open_view("one").pread(0, volume.size)
+    engine, store = volume.require_engine(), volume.require_store()
+    rng = random.Random(3)
+    outcomes = set()
+    for block in files[::2]:
+        volume.write(block * lab.BLOCK, rng.randbytes(lab.BLOCK))
+        if engine.left - engine.reserve() > 50:
+            continue
+        volume.flush()
+        left = store.available - engine.reserve()
+        if left < 25:
+            break
+        if left > 38:
+            continue
+        below = lab.MemoryDevice(device.content)
+        tried = opened(below)
+        there = tried.require_store()
+        before, extents = there.available, there.root.extents
+        changed = edit.shrink(tried, 15)
+        outcomes.add(changed > 0)
+        assert there.root.pending is None, f"begun and not finished with {left} blocks left"
+        if not changed:
+            assert (there.available, there.root.extents.tolist()) == (before, extents.tolist())
+        go_on(tried, files[1::40])
+        again = opened(lab.MemoryDevice(below.content))  # killed
+        assert again.open_view("one").pread(0, again.size) == truth
+        assert again.read(0, again.size) == tried.read(0, tried.size)
+        assert not again.verb("check")["store"]["errors"]
+    assert outcomes == {True, False}
