@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Ints, breaks_to_runs, expand
-from extsnap.errors import DamagedCopy, StoreDamaged, VolumeFull
+from extsnap.errors import DamagedCopy, ExtsnapError, StoreDamaged, VolumeFull
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import CRC_DTYPE
@@ -47,6 +47,7 @@ def add(volume: Volume, name: str) -> int:
     Raises:
         VolumeFull: There is no room for them; the snapshot is as it was.
         DamagedCopy: The snapshot cannot be read.
+        ExtsnapError, OSError: They are not stored, and a server that goes on has nothing of them in memory.
     """
     volume.require_trusted()
     engine, store = volume.require_engine(), volume.require_store()
@@ -62,10 +63,14 @@ def add(volume: Volume, name: str) -> int:
         crcs = (_crcs(view, part).astype(CRC_DTYPE).tobytes() for part in _parts(runs))
         store.write_pieces(KIND, key_of(view.snapshot), 4 * count, crcs, twin=False)
         store.commit()
-    except VolumeFull:
+        before = store.root.extents  # from here on they are there, whatever fails
+        volume.settle()
+    except (VolumeFull, DamagedCopy):
         volume.back_to_size(before)
         raise
-    volume.settle()
+    except (ExtsnapError, OSError):
+        volume.back_to_rest()
+        raise
     return count
 
 

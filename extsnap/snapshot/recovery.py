@@ -117,9 +117,19 @@ def accept_outside_write(volume: Volume) -> list[str]:
 
     Raises:
         StoreDamaged: The outside write hit the store's own structures.
+        ExtsnapError, OSError: It is not accepted; nothing of it is left in memory.
     """
     if not volume.outside_write:
         return []
+    try:
+        return _accept(volume)
+    except BaseException:
+        volume.needs_replay = False
+        volume.reload()
+        raise
+
+
+def _accept(volume: Volume) -> list[str]:
     engine, store = volume.require_engine(), volume.require_store()
     fs, root = volume.filesystem(), store.root
     volume.needs_replay = bool(left_undone(fs))

@@ -734,10 +734,19 @@ class Volume:
         return taking.needs_live(self)
 
     def set_states(self, snapshots: list[fmt.Snapshot]) -> None:
-        """Commit other states of the living snapshots, at once and whole."""
-        taking.write_tables(self, snapshots)
-        self.require_store().commit()
-        self.require_engine().set_snapshots(snapshots)
+        """Commit other states of the living snapshots, at once and whole.
+
+        Raises:
+            ExtsnapError, OSError: They are as they were, in memory too.
+        """
+        self.require_engine().commit()  # nothing may be held where the state is read anew
+        try:
+            taking.write_tables(self, snapshots)
+            self.require_store().commit()
+            self.require_engine().set_snapshots(snapshots)
+        except BaseException:
+            self.reload()
+            raise
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Store]:

@@ -1,0 +1,101 @@
+"""A header commit fails once and the process goes on: what it was to change is not made true by a later one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import lab
+import pytest
+
+from extsnap.blockdev.recording import FaultyDevice, MemoryDevice
+from extsnap.errors import ExtsnapError
+from extsnap.snapshot import checksums
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot.volume import Volume
+
+
+def opened(device: MemoryDevice) -> Volume:
+    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
+    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
+
+
+def taint(volume: Volume) -> object:
+    volume.set_states([replace(entry, state=fmt.State.TAINTED) for entry in volume.snapshot_list()])
+    return None
+
+
+def accept(volume: Volume) -> object:
+    assert volume.outside_write
+    return volume.verb("accept")
+
+
+def add_checksums(volume: Volume) -> object:
+    return checksums.add(volume, "one")
+
+
+def changed(volume: Volume) -> bool:
+    """Whether any of it is there."""
+    entry = volume.find("one")
+    return entry.state != fmt.State.OK or checksums.has(volume, entry)
+
+
+def test_an_outside_write_that_could_not_be_accepted_is_still_one() -> None:
+    device = MemoryDevice(lab.plain_image("ext2"))
+    opened(device).create("one")
+    content = lab.changed_by_debugfs(bytes(device.content), "ssv mkfs_time 1600000000")
+    for fail_at in range(1, 100):
+        below = MemoryDevice(content)
+        volume = opened(below)
+        faulty = volume._device.below = FaultyDevice(below, fail_at=fail_at)
+        try:
+            accept(volume)
+        except OSError:
+            pass
+        if not faulty.failures:
+            break
+        assert volume.outside_write
+        now = changed(volume)
+        volume.require_store().commit()  # whatever commits next
+        again = opened(MemoryDevice(bytes(below.content)))
+        assert changed(again) == now, f"operation {fail_at} failed, and the next commit did what did not come to be"
+        assert accept(volume) == {"version": 1, "tainted": ["one"], "notices": []}
+        assert opened(MemoryDevice(bytes(below.content))).find("one").state == fmt.State.TAINTED
+    assert fail_at > 5
+
+
+@pytest.mark.parametrize(
+    ("action", "operations"),
+    [(taint, ("write", "flush")), (add_checksums, ("write", "flush")), (add_checksums, ("read",))],
+    ids=["states", "checksums", "checksums-read"],
+)
+def test_a_change_that_failed_is_not_made_true_later(
+    action: Callable[[Volume], object], operations: tuple[str, ...]
+) -> None:
+    """But for a flush that fails after the header was written: then it is there at once, and stays."""
+    device = MemoryDevice(lab.plain_image("ext2"))
+    opened(device).create("one")
+    content = bytes(device.content)
+    undone = 0
+    for fail_at in range(1, 200):
+        below = MemoryDevice(content)
+        volume = opened(below)
+        truth = volume.open_view("one").pread(0, volume.size)
+        faulty = volume._device.below = FaultyDevice(below, fail_at=fail_at, operations=operations)  # type: ignore[arg-type]
+        try:
+            action(volume)
+        except (OSError, ExtsnapError):
+            pass
+        if not faulty.failures:
+            break
+        now = changed(volume)
+        undone += not now
+        volume.create("later")
+        assert changed(volume) == now, f"operation {fail_at} failed, and the next command did what did not come to be"
+        again = opened(MemoryDevice(bytes(below.content)))
+        assert changed(again) == now
+        assert again.open_view("one").pread(0, again.size) == truth
+        used = [volume.require_store().available for volume in (volume, again)]
+        assert used[0] == used[1], f"operation {fail_at} failed, and blocks are lost"
+    assert undone > 2
