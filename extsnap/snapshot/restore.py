@@ -122,8 +122,9 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     except (ExtsnapError, OSError) as error:
         if volume.store is not None and volume.store.root.restore is None:
             raise
+        reason = error.message if isinstance(error, ExtsnapError) else error.strerror or str(error)
         raise NeedsRecovery(
-            f"the restore of {volume.name} to {name!a} was begun and is not finished: {error}",
+            f"the restore of {volume.name} to {name!a} was begun and is not finished: {reason}",
             hint="the next command that writes, or extsnap run, completes it",
         ) from error
     return staged.entry if staged is not None else None
