@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 #: Room for copies that a volume with snapshots always has, in blocks: the next edit's own metadata needs it.
 MINIMUM_ROOM = 96
-#: Blocks by which the parts of what a change needs may be off, each being rounded by itself.
-ROUNDING = 4
+#: Blocks by which what a change needs may be off while its copies are made, their records being rounded up.
+ROUNDING = 2
 NO_RUNS: Ints = np.zeros((0, 2), np.int64)
 LOG_BYTES_MINIMUM = 64 << 10
 LOG_BYTES_MAXIMUM = 4 << 20
@@ -366,13 +366,17 @@ def _room_for(engine: Engine, pending: Pending, redo_blocks: int, copies: int) -
     Besides redo blocks and copies (with their records, and masks that nobody has yet) it is the header, which has
     the new extents beside the old ones until the change is done, and then instead of them.
     """
-    root, size = engine.store.root, engine.block_size
+    store, root, size = engine.store, engine.store.root, engine.block_size
     extents, mapping = len(pending.extents), len(pending.mapping)
-    beside = 24 * extents + 16 * mapping + 16 * redo_blocks
     instead = 24 * max(0, extents - len(root.extents)) + 16 * max(0, mapping - len(root.mapping))
-    header = -(-(2 * beside + 4 * instead) // (size - fmt.SEGMENT_HEADER))
+    needed = redo_blocks - (-4 * instead // size)
+    if not copies:
+        return needed  # the reserve has room for both headers, and nothing else is asked for
+    beside = 24 * extents + 16 * mapping + 16 * min(redo_blocks, len(store.available_runs()) + 2) + 64
+    payload, now = size - fmt.SEGMENT_HEADER, len(root.build())
+    header = 2 * (-(-(now + beside) // payload) - now // payload)
     masks = -(-16 * engine.masks.words * copies // size)
-    return int(redo_blocks + engine.blocks_for(copies) + header + masks + ROUNDING)
+    return int(needed + engine.blocks_for(copies) + header + masks + ROUNDING)
 
 
 def finish(volume: Volume) -> None:
