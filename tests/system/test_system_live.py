@@ -371,6 +371,7 @@ FREEZE = """
 import os, signal, sys
 from extsnap.serve import control, mounting, session
 from extsnap.serve.freezer import Frozen
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 with Frozen([sys.argv[1]]) as frozen:
     frozen.freeze()
     victim = frozen._process.pid if sys.argv[2] == "helper" else os.getpid()
