@@ -20,6 +20,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.blockdev.base import CloningDevice
+from extsnap.snapshot.volume import Volume
+
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -109,6 +112,12 @@ def as_file(content: bytes | bytearray) -> Iterator[str]:
         file.write(content)
         file.flush()
         yield file.name
+
+
+def opened(device: CloningDevice, *, writable: bool = True) -> Volume:
+    """A volume whose times and random numbers are the same in every run."""
+    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
+    return Volume(device, writable=writable, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 @functools.cache

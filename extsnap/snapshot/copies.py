@@ -71,10 +71,10 @@ class Copies:
             VolumeFull: No room (callers reserve it first).
             OSError: What was written before this call still waits to be recorded; `forget` gives all of it back.
         """
-        if self._parts:
-            new = ~np.isin(positions - self._engine.shift, np.concatenate([part.blocks for part in self._parts]))
-            positions, old = positions[new], old if old is None else old[new]
         engine = self._engine
+        if self._parts:
+            new = ~np.isin(positions - engine.shift, np.concatenate([part.blocks for part in self._parts]))
+            positions, old = positions[new], old if old is None else old[new]
         missing = engine.missing(positions)
         todo: npt.NDArray[np.bool_] = np.asarray(missing.any(axis=1))
         if not todo.all():
@@ -117,8 +117,7 @@ class Copies:
         if not self._parts:
             return
         engine, store, level = self._engine, self._engine.store, self._level()
-        words, crcs = engine.masks.words, len(level.crcs)
-        if store.log_position + store.batch_bytes(len(engine.new_masks), words, len(level), crcs) > store.log_bytes:
+        if store.batch_bytes(len(engine.new_masks), engine.masks.words, len(level), len(level.crcs)) > store.log_left:
             engine.fold()
         store.append_batch(engine.new_masks, level.build(), level.crcs)
         flush_while(engine.medium, meanwhile)

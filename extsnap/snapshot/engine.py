@@ -714,29 +714,27 @@ class Engine:
         """
         for low in range(0, len(positions), self._batch_limit):
             part = slice(low, low + self._batch_limit)
-            self._copy(positions[part], None if old is None else old[part], meanwhile)
+            with self._copying():
+                self._copies.write(positions[part], None if old is None else old[part])
+                self._copies.record(meanwhile)
             self.clear_need(positions[part])
-
-    def _copy(self, positions: Ints, old: Bits | None = None, meanwhile: Callable[[], None] | None = None) -> None:
-        try:
-            self._copies.write(positions, old)
-            self._copies.record(meanwhile)
-        except BaseException:
-            self._copies.forget()
-            self._copied = self._copied_bytes = 0
-            raise
 
     def _copy_early(self) -> None:
         """Write what the held writes need copied; the batch that records it is their commit's."""
         held = np.array(self._held[self._copied :], np.int64)
-        positions = distinct(expand(held[:, 0], held[:, 1]))
+        with self._copying():
+            self._copies.write(distinct(expand(held[:, 0], held[:, 1])))
+        self._copied, self._copied_bytes = len(self._held), self._held_bytes
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """If it fails, nothing is copied of what was copied early either."""
         try:
-            self._copies.write(positions[self.need.test(positions)])
+            yield
         except BaseException:
             self._copies.forget()
             self._copied = self._copied_bytes = 0
             raise
-        self._copied, self._copied_bytes = len(self._held), self._held_bytes
 
     def clear_need(self, positions: Ints) -> None:
         """No snapshot misses these sorted positions; what takes the slow path for another reason stays needed."""
@@ -957,7 +955,7 @@ class Engine:
                 f"the store has {self.store.available} free blocks and its index needs {needed}",
                 hint="delete a snapshot or free space in the volume",
             )
-        before = [(level, level.stored, level.touched) for level in levels], self._masks_stored
+        stored, masks_stored = [(level, level.stored, level.touched) for level in levels], self._masks_stored
         try:
             with self.store.undone_on_error():
                 if sum(map(len, fresh)):
@@ -979,9 +977,9 @@ class Engine:
                 self.write_masks()
                 self._write_hidden(hides)
         except BaseException:
-            for level, key, touched in before[0]:
+            for level, key, touched in stored:
                 level.stored, level.touched = key, touched
-            self._masks_stored = before[1]
+            self._masks_stored = masks_stored
             self.index.replace(levels)
             raise
         self.hidden.is_stored()

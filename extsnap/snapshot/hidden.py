@@ -262,7 +262,7 @@ def log(engine: Engine) -> None:
     hides, shows = hidden.differences()
     if len(hides) or len(shows):
         need = store.batch_bytes(0, 1, 0, 0, len(hides) + len(shows))
-        if not store.root.incompat & fmt.INCOMPAT_HIDDEN_RUNS or store.log_position + need > store.log_bytes:
+        if not store.root.incompat & fmt.INCOMPAT_HIDDEN_RUNS or need > store.log_left:
             engine.fold()  # puts all of it into the blob, and the feature into the header
             return
         shift = np.array([engine.shift, 0])

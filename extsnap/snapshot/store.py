@@ -897,6 +897,11 @@ class Store:
         """Capacity of the log."""
         return self.root.log_blocks * self.block_size
 
+    @property
+    def log_left(self) -> int:
+        """Bytes of it that no batch has yet."""
+        return self.log_bytes - self.log_position
+
     def batch_bytes(self, masks: int, words: int, records: int, crcs: int, runs: int = 0) -> int:
         """Space that a batch takes in the log: whole sectors."""
         raw = int(fmt.BATCH_HEADER) + masks * words * 8 + records * fmt.RECORD_DTYPE.itemsize + crcs * 4
@@ -941,9 +946,9 @@ class Store:
         body = bytes(head)[8:] + payload
         raw = fmt.BATCH_MAGIC + fmt.crc(body).to_bytes(4, "little") + body
         self._pending_batch = -(-len(raw) // fmt.SECTOR) * fmt.SECTOR
-        if self.log_position + self._pending_batch > self.log_bytes:
+        if self._pending_batch > self.log_left:
             raise VolumeFull(
-                f"the log has {self.log_bytes - self.log_position} bytes left and a batch needs {self._pending_batch}",
+                f"the log has {self.log_left} bytes left and a batch needs {self._pending_batch}",
                 hint="write less at once",
             )
         self._unwanted = self.root.log_epoch, self.log_position

@@ -201,10 +201,14 @@ class Bench:
     def reopen(self) -> None:
         """A new process finds the same store: not a block more or less in use."""
         self.engine.flush()
-        slots, available = (self.store.slot_block(0), self.store.slot_block(1)), self.store.available
-        self.store = Store.load(self.device, slots, BLOCK)
-        self.engine = self.opened()
+        available = self.store.available
+        self.kill()
         assert self.store.available == available
+
+    def kill(self) -> None:
+        """A new process finds what the device has, and nothing else."""
+        self.store = Store.load(self.device, (self.store.slot_block(0), self.store.slot_block(1)), BLOCK)
+        self.engine = self.opened()
 
     # -- what must hold ----------------------------------------------------------------------------------
 
@@ -531,13 +535,6 @@ class Failing:
         self._patch.stop()
 
 
-def killed(bench: Bench) -> None:
-    """What the medium has is all that is left."""
-    bench.store = Store.load(bench.device, (bench.store.slot_block(0), bench.store.slot_block(1)), BLOCK)
-    bench.engine = bench.opened()
-    bench.verify()
-
-
 @pytest.mark.parametrize("flushed", [False, True])
 def test_an_overwrite_that_fails(flushed: bool) -> None:
     """What was held stays held, and what is written to it later is not put back by the next flush."""
@@ -552,7 +549,8 @@ def test_an_overwrite_that_fails(flushed: bool) -> None:
     bench.write(1400 * BLOCK, bench.rng.randbytes(BLOCK))
     bench.verify()
     bench.engine.flush()
-    killed(bench)
+    bench.kill()
+    bench.verify()
 
 
 @pytest.mark.parametrize("what", ["blob", "slot", "barrier"])
@@ -578,7 +576,8 @@ def test_a_fold_that_fails(what: str, then: str) -> None:
         for block in range(1401, 1440, 2):
             bench.write(block * BLOCK, bench.rng.randbytes(BLOCK))
         bench.engine.commit()  # no flush, which would commit the root as well
-    killed(bench)
+    bench.kill()
+    bench.verify()
 
 
 def test_a_discard_that_was_folded_in_vain() -> None:
@@ -592,7 +591,8 @@ def test_a_discard_that_was_folded_in_vain() -> None:
     with Failing(bench, "pwrite", within=range(slot, slot + 1)), pytest.raises(OSError):
         bench.engine.fold()
     bench.engine.flush()
-    killed(bench)
+    bench.kill()
+    bench.verify()
 
 
 def test_a_hidden_block_is_rewritten_with_what_the_medium_has() -> None:
@@ -618,10 +618,12 @@ def test_a_batch_whose_barrier_failed() -> None:
     with Failing(bench, "flush"), pytest.raises(OSError):
         bench.engine.preserve(np.arange(1400, 1420) + bench.engine.shift)
     bench.store.commit()
-    killed(bench)
+    bench.kill()
+    bench.verify()
     bench.write(1400 * BLOCK, bench.rng.randbytes(20 * BLOCK))
     bench.engine.flush()
-    killed(bench)
+    bench.kill()
+    bench.verify()
 
 
 @pytest.mark.usefixtures("early")
@@ -654,7 +656,8 @@ def test_random_work_with_errors_of_the_host(seed: int) -> None:
                     failed += 1
             if step % 40 == 39:
                 bench.engine.flush()
-                killed(bench)
+                bench.kill()
+                bench.verify()
     assert failed
 
 
@@ -679,8 +682,7 @@ def test_what_is_recorded_is_not_given_back() -> None:
     with mock.patch.object(bench.engine.index, "add", side_effect=MemoryError), pytest.raises(MemoryError):
         bench.engine.commit()
     assert bench.store.available == available - 20
-    bench.store = Store.load(bench.device, (bench.store.slot_block(0), bench.store.slot_block(1)), BLOCK)
-    bench.engine = bench.opened()
+    bench.kill()
     bench.write(1400 * BLOCK, bytes(bench.base[1400 * BLOCK : 1420 * BLOCK]))
     bench.reopen()
     bench.verify()
@@ -805,8 +807,7 @@ def test_a_hidden_block_that_all_have_a_copy_of_is_written_through_the_hold() ->
     bench.engine.flush()
     bench.engine.pwrite(410 * BLOCK, b"lost" * BLOCK)
     bench.engine.commit()
-    bench.store = Store.load(bench.device, (bench.store.slot_block(0), bench.store.slot_block(1)), BLOCK)
-    bench.engine = bench.opened()
+    bench.kill()
     bench.verify()
     bench.write(411 * BLOCK, b"kept" * (BLOCK // 4))
     bench.verify()

@@ -7,6 +7,7 @@ import random
 import lab
 import numpy as np
 import pytest
+from lab import opened
 
 from extsnap.errors import VolumeFull
 from extsnap.snapshot import edit
@@ -15,11 +16,6 @@ from extsnap.snapshot.volume import Volume
 
 class PowerCutError(Exception):
     """Nothing more is written."""
-
-
-def opened(device: lab.MemoryDevice, *, writable: bool = True) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=writable, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext4"])

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import lab
 import pytest
+from lab import opened
 
 from extsnap.blockdev.recording import FaultyDevice, MemoryDevice
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import checksums
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.volume import Volume
-
-
-def opened(device: MemoryDevice) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 def taint(volume: Volume) -> object:

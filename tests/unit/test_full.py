@@ -10,7 +10,7 @@ from typing import Any
 import lab
 import numpy as np
 import pytest
-from lab import BLOCK, MemoryDevice
+from lab import BLOCK, MemoryDevice, opened
 
 from extsnap.errors import ExtsnapError, VolumeFull
 from extsnap.snapshot import checksums, edit, settings, taking
@@ -19,11 +19,6 @@ from extsnap.snapshot.full import Fill
 from extsnap.snapshot.volume import Volume
 
 MARK_BYTE, READ_ONLY_BYTE = 0x63, 0x65
-
-
-def opened(device: MemoryDevice) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 def guarded(device: MemoryDevice) -> set[bool]:

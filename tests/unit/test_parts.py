@@ -41,8 +41,7 @@ class Made:
 
 def opened(content: bytes | bytearray | MemoryDevice, *, writable: bool = False) -> Volume:
     device = content if isinstance(content, MemoryDevice) else MemoryDevice(content)
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=writable, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
+    return lab.opened(device, writable=writable)
 
 
 @pytest.fixture(autouse=True)

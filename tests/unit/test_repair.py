@@ -40,7 +40,7 @@ def test_a_repair_that_has_room(volume: Volume) -> None:
     overwrite(volume, 60)
     assert volume.read(0, volume.size) != base
     assert device(volume).content == medium, "the write did not wait"
-    with pytest.raises(NeedsRecovery, match="is being repaired"):
+    with pytest.raises(NeedsRecovery, match="is being repaired, and its snapshots stay as they are meanwhile; wait"):
         volume.create("two")
     wanted = volume.read(0, volume.size)
     assert volume.end_serving()

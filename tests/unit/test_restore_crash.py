@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
-
 import lab
 import numpy as np
-from lab import MemoryDevice
+from lab import MemoryDevice, opened
 
 from extsnap.arrays import runs_of
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ondisk.superblock import State
 from extsnap.snapshot import restore
-from extsnap.snapshot.volume import Volume
 
 
 class InUse:
@@ -26,11 +23,6 @@ class InUse:
 
     def open_views(self) -> list[str]:
         return []
-
-
-def opened(device: MemoryDevice) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 def test_what_inodes_have_is_in_use_whatever_the_bitmaps_say() -> None:

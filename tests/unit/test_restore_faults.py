@@ -13,15 +13,11 @@ from dataclasses import dataclass
 import lab
 import numpy as np
 import pytest
+from lab import opened
 
 from extsnap.blockdev.recording import FaultKind, FaultyDevice, MemoryDevice
 from extsnap.errors import ExtsnapError, NeedsRecovery
 from extsnap.snapshot.volume import Volume
-
-
-def opened(device: MemoryDevice) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 def serving(content: bytes) -> tuple[Volume, MemoryDevice]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import lab
 import pytest
+from lab import opened
 
 from extsnap.ext.journal import later
-from extsnap.snapshot.volume import Volume
-
-
-def opened(device: lab.MemoryDevice) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 def journal_sequence(device: lab.MemoryDevice) -> int:

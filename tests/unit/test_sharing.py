@@ -10,17 +10,12 @@ import random
 import lab
 import numpy as np
 import pytest
-from lab import BLOCK, MemoryDevice
+from lab import BLOCK, MemoryDevice, opened
 
 from extsnap.errors import OutsideWrite
 from extsnap.snapshot.volume import Volume
 
 SNAPSHOTS = 5
-
-
-def opened(device: MemoryDevice) -> Volume:
-    clock = iter(range(1_700_000_000 * 10**9, 1_800_000_000 * 10**9, 10**9))
-    return Volume(device, writable=True, clock=lambda: next(clock), random_bytes=random.Random(1).randbytes)
 
 
 def survey(volume: Volume) -> lab.Survey:
