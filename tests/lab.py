@@ -122,11 +122,11 @@ def opened(device: CloningDevice, *, writable: bool = True) -> Volume:
 
 @functools.cache
 def plain_image(kind: str) -> bytes:
-    """An ext2 or ext4 volume with six files of 3 to 800 blocks, three or four groups and 1 KiB blocks.
+    """An ext2, ext3 or ext4 volume with six files of 3 to 800 blocks, three or four groups and 1 KiB blocks.
 
     The ext2 image has a ragged tail: blocks that belong to the image and not to the filesystem.
     """
-    blocks, tail, options = {"ext2": (5400, 700, []), "ext4": (7000, 0, ["-J", "size=1"])}[kind]
+    blocks, tail, options = {"ext2": (5400, 700, [])}.get(kind, (7000, 0, ["-J", "size=1"]))
     rng = random.Random(kind)
     with tempfile.TemporaryDirectory(prefix="extsnap-lab-") as name:
         tree, image = Path(name) / "tree", Path(name) / "image"
@@ -222,6 +222,12 @@ def survey(content: bytes | bytearray) -> Survey:
     count = len(in_use)
     tree = "".join(answers for answers in files)
     return Survey(in_use, free, extents, mapping, spread(data[:, 1:])[1:], flags(count, blocks), tree)
+
+
+def preserved_by(volume: Volume, name: str) -> Flags:
+    """Which blocks a snapshot preserves by our own account: bool[blocks]."""
+    engine = volume.require_engine()
+    return engine.history.preserved_at(volume.find(name).id, np.arange(engine.blocks) + engine.shift)
 
 
 def complaint(content: bytes | bytearray) -> str:

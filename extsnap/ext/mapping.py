@@ -256,12 +256,13 @@ def _pointers(at: Ints, blocks: Ints, read: ReadBlocks, span: int, blocks_count:
     count = 0
     for low in range(0, len(blocks), _NODES_AT_ONCE):
         pointers = read(blocks[low : low + _NODES_AT_ONCE]).view("<u4")
-        row, column = np.nonzero(pointers)
-        count += len(row)
+        places = at[low : low + len(pointers), None] + np.arange(pointers.shape[1]) * span
+        used = pointers != 0
+        count += int(used.sum())
         if count > blocks_count:
             raise FormatError("it maps more blocks than the volume has", structure="indirect block")
-        logical.append(at[low + row] + column * span)
-        physical.append(pointers[row, column].astype(np.int64))
+        logical.append(places[used])
+        physical.append(pointers[used].astype(np.int64))
     return np.concatenate(logical), np.concatenate(physical)
 
 

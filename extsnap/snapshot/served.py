@@ -172,7 +172,7 @@ def watch(volume: Volume) -> None:
     else:
         if volume.warden is None:
             volume.warden = Warden(volume)
-        else:
+        elif volume.warden.moved or not volume.in_use:  # what they above change it sees itself, what we do it does not
             volume.warden.locate()
         engine = volume.require_engine()
         if volume.growth is None or not volume.growth.exhausted:

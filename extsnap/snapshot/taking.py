@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extsnap.arrays import Ints
 from extsnap.errors import (
     ExtsnapError,
     FormatError,
@@ -25,6 +26,7 @@ from extsnap.snapshot.vital import Vital
 from extsnap.sparsebits import SparseBits
 
 if TYPE_CHECKING:
+    from extsnap.ext.filesystem import Filesystem
     from extsnap.snapshot.volume import Volume
 
 
@@ -43,6 +45,21 @@ def validate_name(name: str) -> str:
     if rule:
         raise InvalidName(f"snapshot name {shown} {rule}", hint="choose another name")
     return name
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a snapshot taken now would hold; of a frozen volume it is found only once.
+
+    Attributes:
+        bits: What it preserves, by position.
+        rows: Rows of the history in which that differs from the latest snapshot.
+        stored: Which of these need a block, twice.
+    """
+
+    bits: SparseBits
+    rows: Ints
+    stored: Ints
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ def create(
     if volume.engine is not None:
         volume.engine.flush()
     in_use = volume.in_use
-    fs = volume.filesystem(lenient=in_use)
+    fs = volume.filesystem(lenient=in_use and not quiesced)
     fs.require_supported()
     consistency = fmt.Consistency.CLEAN
     if not in_use:
@@ -101,12 +118,14 @@ def create(
             volume.growth.settled()
     else:
         consistency = fmt.Consistency.CRASH
+        fs = volume.filesystem(lenient=True)
     before = volume.store.root.extents if volume.store is not None else None
     try:
         if volume.store is None:
             edit.set_up(volume)
-        bits = make_room_for(volume, consistency=consistency)
-        staged = stage(volume, chosen, message, kind, created, consistency=consistency, bits=bits)
+            fs = volume.filesystem()  # with the store in it
+        moment = make_room_for(volume, fs, consistency)
+        staged = stage(volume, chosen, message, kind, created, consistency=consistency, moment=moment)
         if in_use:
             volume.set_mark(True)
             volume.require_store().root.flags |= fmt.SlotFlags.OPEN
@@ -140,22 +159,30 @@ def _free_name(volume: Volume, created: int) -> str:
     return name
 
 
-def preserved_now(volume: Volume, consistency: fmt.Consistency = fmt.Consistency.CLEAN) -> SparseBits:
-    """What a snapshot taken now would preserve, by position."""
+def preserved_now(
+    volume: Volume, consistency: fmt.Consistency = fmt.Consistency.CLEAN, fs: Filesystem | None = None
+) -> SparseBits:
+    """What a snapshot taken now would preserve, by position; ``fs``: the filesystem, opened as it is now."""
     engine, store = volume.require_engine(), volume.require_store()
     crash = consistency == fmt.Consistency.CRASH
-    fs = volume.filesystem(lenient=crash)
+    fs = volume.filesystem(lenient=crash) if fs is None else fs
     owned = store.root.extents[:, 1:]
     return preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned, crash=crash)
 
 
-def table_blocks(volume: Volume, bits: SparseBits | None = None) -> int:
-    """Blocks that the tables of a snapshot taken now would take, which preserves ``bits``."""
+def moment_of(volume: Volume, bits: SparseBits) -> Moment:
+    """What a snapshot that preserves ``bits`` would hold."""
     engine, store = volume.require_engine(), volume.require_store()
-    bits = preserved_now(volume) if bits is None else bits
-    rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
+    return Moment(bits, *engine.history.changed_rows(store.root.next_id - 1, bits))
+
+
+def table_blocks(volume: Volume, moment: Moment | None = None) -> int:
+    """Blocks that the tables of a snapshot taken now would take."""
+    engine = volume.require_engine()
+    moment = moment_of(volume, preserved_now(volume)) if moment is None else moment
     entry = fmt.HISTORY_DTYPE.itemsize + fmt.HISTORY_TWIN_DTYPE.itemsize
-    return 2 * len(stored) + len(rows) * entry * 4 // volume.block_size + 2 * hidden.zero_blocks(engine, bits)
+    entries = len(moment.rows) * entry * 4 // volume.block_size
+    return 2 * len(moment.stored) + entries + 2 * hidden.zero_blocks(engine, moment.bits)
 
 
 def needs_live(volume: Volume) -> tuple[int, int]:
@@ -170,15 +197,20 @@ def needs_live(volume: Volume) -> tuple[int, int]:
         preserved(fs, engine.rows, engine.row_bytes, engine.shift, engine.blocks, owned, crash=crash)
         for crash in (False, True)
     ]
-    tables = max(table_blocks(volume, bits) for bits in found) + 2 * int((~fs.sound_groups).sum())
+    tables = max(table_blocks(volume, moment_of(volume, bits)) for bits in found) + 2 * int((~fs.sound_groups).sum())
     return tables, engine.blocks_to_preserve(found[1])
 
 
-def make_room_for(volume: Volume, *, consistency: fmt.Consistency = fmt.Consistency.CLEAN) -> SparseBits:
+def make_room_for(volume: Volume, fs: Filesystem, consistency: fmt.Consistency) -> Moment:
     """See that the store has room for one more snapshot, growing it where needed and possible.
 
+    Args:
+        volume: The volume, with a store.
+        fs: Its filesystem, opened as it is now.
+        consistency: Of the snapshot.
+
     Returns:
-        What the snapshot preserves, by position.
+        What the snapshot holds.
 
     Raises:
         VolumeFull: It cannot be had.
@@ -187,16 +219,17 @@ def make_room_for(volume: Volume, *, consistency: fmt.Consistency = fmt.Consiste
     while True:
         for _ in range(4):
             engine.flush()
-            bits = preserved_now(volume, consistency)
-            tables = table_blocks(volume, bits) + edit.MINIMUM_ROOM
+            moment = moment_of(volume, preserved_now(volume, consistency, fs))
+            tables = table_blocks(volume, moment) + edit.MINIMUM_ROOM
             wanted = engine.reserve() + tables
             if volume.growth is not None and volume.growth.exhausted:
                 # Without it the kernel would have to stop with the first write of metadata.
-                wanted += engine.blocks_for(_vital_with(volume, bits))
+                wanted += engine.blocks_for(_vital_with(volume, moment.bits))
             if store.available >= wanted:
-                return bits
+                return moment
             if volume.in_use or not edit.grow(volume, max(wanted - store.available + 32, 64)):
                 break
+            fs = volume.filesystem()  # with what it grew by
         limit = store_limit(volume)
         refusal = VolumeFull(
             f"the snapshot needs {wanted} free blocks in the store, which has {store.available} and cannot grow"
@@ -227,16 +260,16 @@ def stage(
     created: int,
     *,
     consistency: fmt.Consistency = fmt.Consistency.CLEAN,
-    bits: SparseBits | None = None,
+    moment: Moment | None = None,
     restored_from: str = "",
 ) -> Staged:
-    """Write everything of a new snapshot, which preserves ``bits``, but the header commit that makes it true."""
+    """Write everything of a new snapshot, which holds ``moment``, but the header commit that makes it true."""
     engine, store = volume.require_engine(), volume.require_store()
-    bits = preserved_now(volume, consistency) if bits is None else bits
+    moment = moment_of(volume, preserved_now(volume, consistency)) if moment is None else moment
+    bits = moment.bits
     errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS if volume.filesystem().has_errors else fmt.SnapshotFlags.NONE
-    rows, stored = engine.history.changed_rows(store.root.next_id - 1, bits)
-    refs = np.concatenate(store.allocate_pair(len(stored)))
-    engine.history.add(store.root.next_id, rows, bits, refs, store.write_padded)
+    refs = np.concatenate(store.allocate_pair(len(moment.stored)))
+    engine.history.add(store.root.next_id, moment.rows, bits, refs, store.write_padded)
     bit = (~store.root.counting & (store.root.counting + 1)).bit_length() - 1
     entry = fmt.Snapshot(
         id=store.root.next_id,

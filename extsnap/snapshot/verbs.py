@@ -148,8 +148,7 @@ def create(
     notices = []
     if quiesced and handle.info.consistency == fmt.Consistency.CRASH:
         notices.append(f"{volume.name} was not at rest: its journal has work left, and the snapshot is one of a crash")
-    fs = volume.filesystem(lenient=volume.in_use)
-    if fs.has_errors:
+    if handle.info.flags & fmt.SnapshotFlags.FILESYSTEM_ERRORS:
         notices.append(_errors_notice(volume, ", and the snapshot is recorded as such"))
     if first:
         more, largest = growth(volume)
@@ -164,7 +163,7 @@ def create(
         if more == largest:
             text += (
                 f", because the store is a file and this filesystem has none larger than "
-                f"{fs.largest_file * volume.block_size / 2**30:.0f} GiB"
+                f"{volume.filesystem().largest_file * volume.block_size / 2**30:.0f} GiB"
             )
         elif room < volume.size // 20:
             text += f"; grow the volume with extsnap run {volume.name} -- resize2fs {{}} SIZE"

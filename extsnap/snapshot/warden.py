@@ -59,16 +59,17 @@ class Warden:
 
     Attributes:
         refused: How many writes were refused.
+        moved: Whether watched bytes were changed since they were located.
     """
 
     def __init__(self, volume: Volume) -> None:
         self._volume = volume
         self.refused = 0
+        self.moved = False
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._tables: set[int] = set()
         self._inodes: list[int] = []
-        self._moved = False
         self._nodes: set[int] = set()
         self.locate()
 
@@ -97,7 +98,7 @@ class Warden:
         parts.sort()
         self._starts, self._ends = [start for start, _ in parts], [end for _, end in parts]
         self._tables, self._inodes = {start for start, _ in tables}, inodes
-        self._moved = False
+        self.moved = False
 
     def examine(self, offset: int, data: Buffer) -> None:
         """Judge a write before it is made.
@@ -108,7 +109,7 @@ class Warden:
         index = bisect_right(self._ends, offset)
         if index >= len(self._starts) or self._starts[index] >= offset + len(data):
             return
-        if self._moved:  # first of all the watched bytes may be elsewhere now
+        if self.moved:  # first of all the watched bytes may be elsewhere now
             self.locate()
         view, base = memoryview(data), self._volume.base
         changed = []
@@ -148,7 +149,7 @@ class Warden:
             changed = [at for at in changed if at >= PRIMARY_OFFSET + 1024]
         if not changed:
             return
-        self._moved = True  # the next write finds where things are then
+        self.moved = True  # the next write finds where things are then
         if self._tables.issuperset(changed):
             return  # inode tables that move (a growing resize2fs): descriptors and superblock need not agree yet
         try:

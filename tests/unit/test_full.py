@@ -326,6 +326,7 @@ def test_a_create_makes_room_for_itself() -> None:
     volume.create("third")
     assert volume.snapshot_names()[-1] == "third"
     assert "s0" not in volume.snapshot_names()
+    assert np.array_equal(lab.preserved_by(volume, "third"), lab.survey(device.content).preserved)
     assert opened(device).verb("check")["store"]["ok"]
     assert not lab.complaint(device.content)
 
@@ -419,7 +420,7 @@ def test_a_first_create_that_is_refused_leaves_a_plain_volume(kind: str, monkeyp
     before = lab.survey(device.content)
     volume = opened(device)
 
-    def refuse(volume: Volume, **_: object) -> None:
+    def refuse(volume: Volume, *_: object) -> None:
         assert volume.store is not None
         edit.grow(volume, 100)
         raise VolumeFull("there is no room")

@@ -276,6 +276,28 @@ def test_a_map_of_before_says_nothing_about_the_nodes(tmp_path: Path) -> None:
             volume.write(node, b"\xff" * 1024)
 
 
+def test_new_nodes_of_the_kernel_are_watched_too(tmp_path: Path) -> None:
+    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE})
+    with extsnap.open(image) as volume:
+        volume.create("one")
+        volume.begin_serving()
+        growth, free, end = ask(volume), free_run(volume, 600), end_of(volume)
+        changes, found = granted(volume, (end, free, 600))
+        nodes = set(volume.store.root.mapping.tolist())
+        double = int(volume.store.root.mapping[1])  # it names the new ones; until it comes nobody knows of them
+        for block in sorted(changes, key=lambda block: (block == double, block)):
+            volume.write(block * 1024, changes[block])
+        assert growth.take(found) == ""
+        while growth.at_work:
+            assert growth.step() is None
+        growth.settled()
+        new = set(volume.filesystem().file_map(volume.store.root.store_inode).mapping.tolist())
+        assert new - nodes
+        for node in new - nodes:
+            with pytest.raises(StoreProtected, match="would take the store"):
+                volume.write(node * 1024, b"\xff" * 1024)
+
+
 def test_without_a_limit_of_dirty_pages_all_is_to_have_room(served) -> None:
     volume, _, _ = served
     growth, engine = ask(volume), volume.engine
@@ -327,17 +349,23 @@ def from_above(volume, changed: bytes) -> None:
         volume.write(block * 1024, new[block].tobytes())
 
 
-def half_made(volume, monkeypatch, *rows: tuple[int, int, int]) -> tuple[Growth, dict[str, object]]:
-    """The kernel has given the store these rows, the first of them is made true, and now it has unmounted."""
-    growth = ask(volume)
-    monkeypatch.setattr("extsnap.snapshot.growth.PIECE_BLOCKS", rows[0][2])
+def granted(volume, *rows: tuple[int, int, int]) -> tuple[dict[int, bytes], dict[str, object]]:
+    """The blocks that the kernel writes when it gives the store these rows, and what is answered then."""
     overlay = Overlay(volume.base, 1024)
     fs = Filesystem.open(overlay, writable=True)
     root, found = volume.store.root, answer(volume, *rows)
     wanted = np.array(found["extents"], np.int64)
     graft.resize(fs, root.store_inode, root.extents, wanted, volume.needed_groups())
     fs.flush()
-    for block, data in sorted(overlay.changes().items()):
+    return overlay.changes(), found
+
+
+def half_made(volume, monkeypatch, *rows: tuple[int, int, int]) -> tuple[Growth, dict[str, object]]:
+    """The kernel has given the store these rows, the first of them is made true, and now it has unmounted."""
+    growth = ask(volume)
+    monkeypatch.setattr("extsnap.snapshot.growth.PIECE_BLOCKS", rows[0][2])
+    changes, found = granted(volume, *rows)
+    for block, data in sorted(changes.items()):
         volume.write(block * 1024, data)
     assert growth.take(found) == ""
     assert growth.step() is None
