@@ -63,6 +63,12 @@ class Command(TyperCommand):
         with writing():
             return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        from extsnap.serve import numpy_alone
+
+        numpy_alone.load()
+        return super().invoke(ctx)
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = (parameter for parameter in self.params if parameter.param_type_name == "argument")
         return ["[OPTIONS]", *(str(getattr(argument, "metavar", None) or argument.name) for argument in arguments)]

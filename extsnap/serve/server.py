@@ -867,6 +867,8 @@ if os.fork():
 import json
 settings = json.loads(sys.stdin.buffer.read())
 sys.path[:] = settings["path"]
+from extsnap.serve import numpy_alone
+numpy_alone.load()
 from extsnap.serve.server import daemon_main
 daemon_main(settings)
 """

@@ -5,7 +5,7 @@ The command line and the control socket call these by name through `Volume.verb`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,9 @@ def _usage(volume: Volume) -> dict[int, tuple[int, int, int]]:
     return usage
 
 
-def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, int, int]]) -> dict[str, Any]:
+def _describe(
+    volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, int, int]], damaged: Collection[str]
+) -> dict[str, Any]:
     copied, exclusive, _ = usage.get(entry.id, (0, 0, 0))
     return {
         "name": entry.name,
@@ -79,7 +81,7 @@ def _describe(volume: Volume, entry: fmt.Snapshot, usage: dict[int, tuple[int, i
         "message": entry.message,
         "kind": entry.kind.name.lower(),
         "consistency": entry.consistency.name.lower(),
-        "state": (fmt.State.DAMAGED if entry.name in volume.damaged_names() else entry.state).name.lower(),
+        "state": (fmt.State.DAMAGED if entry.name in damaged else entry.state).name.lower(),
         "used_bytes": min(entry.used_blocks * volume.block_size, entry.volume_bytes),
         "copied_bytes": copied,
         "exclusive_bytes": exclusive,
@@ -185,8 +187,8 @@ def checksum(volume: Volume, name: str) -> dict[str, Any]:
 
 def list_snapshots(volume: Volume) -> dict[str, Any]:
     """All snapshots, oldest first."""
-    usage = _usage(volume)
-    entries = [_describe(volume, entry, usage) for entry in volume.snapshot_list()]
+    usage, damaged = _usage(volume), set(volume.damaged_names())
+    entries = [_describe(volume, entry, usage, damaged) for entry in volume.snapshot_list()]
     filled = _fill(volume)
     return {
         "version": JSON_VERSION,
@@ -200,7 +202,7 @@ def show(volume: Volume, name: str) -> dict[str, Any]:
     """Everything about one snapshot."""
     entry = volume.find(name)
     usage = _usage(volume)
-    result = {"version": JSON_VERSION, **_describe(volume, entry, usage)}
+    result = {"version": JSON_VERSION, **_describe(volume, entry, usage, volume.damaged_names())}
     result["records"] = usage.get(entry.id, (0, 0, 0))[2]
     result["volume_bytes"] = entry.volume_bytes
     result["block_size"] = volume.block_size
@@ -454,9 +456,9 @@ def _dump_records(volume: Volume) -> list[dict[str, Any]]:
 
 
 def _dump_snapshots(volume: Volume) -> list[dict[str, Any]]:
-    usage = _usage(volume)
+    usage, damaged = _usage(volume), set(volume.damaged_names())
     return [
-        {**_describe(volume, entry, usage), "bit": entry.bit, "restored_from": entry.restored_from}
+        {**_describe(volume, entry, usage, damaged), "bit": entry.bit, "restored_from": entry.restored_from}
         for entry in volume.snapshot_list()
     ]
 

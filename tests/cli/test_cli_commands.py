@@ -665,6 +665,18 @@ def test_help_and_list_import_nothing_heavy() -> None:
     assert done.stderr.split() == []
 
 
+def test_numpy_comes_without_threads_and_leaves_the_environment(tmp_path: Path) -> None:
+    image = oracle.copy_image(images.image("ext4-1k"), tmp_path / "disk.img")
+    code = (
+        "import os, sys; from extsnap.cli.app import main\n"
+        "before = dict(os.environ)\n"
+        "main(sys.argv[1:])\n"
+        "print('numpy' in sys.modules, os.environ == before, len(os.listdir('/proc/self/task')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "list", image], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "True True 1"
+
+
 def test_list_imports_only_what_it_needs(tmp_path: Path) -> None:
     """Nothing is converted by pydantic, which takes as long as numpy; NBD and check are other commands.
 
