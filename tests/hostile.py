@@ -48,7 +48,8 @@ from extsnap.serve import control, fuse
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.masks import MaskTable
 from extsnap.snapshot.medium import Medium
-from extsnap.snapshot.store import Root, Store
+from extsnap.snapshot.root import Root
+from extsnap.snapshot.store import Store
 from extsnap.snapshot.volume import Volume
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"

@@ -20,7 +20,7 @@ from extsnap.arrays import Ints, breaks_to_runs, expand
 from extsnap.errors import DamagedCopy, ExtsnapError, StoreDamaged, VolumeFull
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.engine import CRC_DTYPE
+from extsnap.snapshot.blobs import CRC_DTYPE
 from extsnap.snapshot.view import View, pieces
 
 if TYPE_CHECKING:

@@ -41,7 +41,8 @@ from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import graft
 from extsnap.snapshot.engine import Engine
-from extsnap.snapshot.store import SLOT_BLOCKS, Extents, Pending, Root, Store
+from extsnap.snapshot.root import SLOT_BLOCKS, Extents, Pending, Root
+from extsnap.snapshot.store import Store
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume

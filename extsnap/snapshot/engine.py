@@ -46,16 +46,17 @@ from extsnap.arrays import (
 )
 from extsnap.blockdev.base import Buffer, read_pieces, where
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
+from extsnap.snapshot import blobs, hidden, limits
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot import hidden, limits
 from extsnap.snapshot.copies import Copies, records
 from extsnap.snapshot.hidden import Hidden
 from extsnap.snapshot.history import History
-from extsnap.snapshot.index import RUN_MAX, Index, Level, gathered, merge
+from extsnap.snapshot.index import RUN_MAX, Index, Level, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
 from extsnap.snapshot.medium import Medium
-from extsnap.snapshot.parts import BYTES_A_RECORD, Lost, Parts, Writer, table_bytes
-from extsnap.snapshot.store import NO_BLOCKS, Store
+from extsnap.snapshot.parts import BYTES_A_RECORD, Lost, table_bytes
+from extsnap.snapshot.root import NO_BLOCKS
+from extsnap.snapshot.store import Store
 from extsnap.snapshot.vital import Vital
 from extsnap.sparsebits import SparseBits
 
@@ -69,7 +70,6 @@ _INDEX_BYTES: int = 2 * _RECORD_BYTES + math.ceil(2 * BYTES_A_RECORD)
 EARLY_BYTES = 4 << 20
 #: Largest piece of one write that is taken into the hold at once.
 PIECE_BYTES = 4 << 20
-CRC_DTYPE = np.dtype("<u4")
 
 
 class Engine:
@@ -139,26 +139,11 @@ class Engine:
     def load(self) -> None:
         """Read masks, history, index and log of the store."""
         store = self.store
-        blobs = store.root.blobs
-        if (fmt.BlobKind.MASKS, 0) in blobs:
-            self.masks = MaskTable.parse(store.read_blob(fmt.BlobKind.MASKS, 0))
+        self.masks = blobs.read_masks(store)
         self._masks_stored = self.masks.count
-        levels = []
-        for kind, key in sorted(blobs):
-            if kind == fmt.BlobKind.INDEX:
-                levels.append(self._checked(self._read_level(key)))
-        self.index = Index(sorted(levels, key=len, reverse=True))
-        history = np.zeros(0, fmt.HISTORY_DTYPE)
-        if (fmt.BlobKind.HISTORY, 0) in blobs:
-            history = fmt.parse_table(store.read_blob(fmt.BlobKind.HISTORY, 0), fmt.HISTORY_DTYPE, "history")
-        twins = None
-        if (fmt.BlobKind.HISTORY_TWINS, 0) in blobs:
-            raw = store.read_blob(fmt.BlobKind.HISTORY_TWINS, 0)
-            twins = fmt.parse_table(raw, fmt.HISTORY_TWIN_DTYPE, "history twins").astype(np.int64)
-        self.history = History(self.rows, self.row_bytes, history, store.read_blocks, twins)
-        if (fmt.BlobKind.HIDDEN, 0) in blobs:
-            kind = fmt.BlobKind.HIDDEN
-            hidden.load(self, store.first_whole(kind, 0, lambda copy: self._read_hidden(copy)))
+        self.index = Index(sorted(map(self._read_level, self._keys()), key=len, reverse=True))
+        self.history = blobs.read_history(store, self.rows, self.row_bytes)
+        hidden.load(self, blobs.read_hidden(store))
         for batch in store.replay_log():
             hidden.load(self, batch.hides, batch.shows)
             if len(batch.masks):
@@ -176,46 +161,14 @@ class Engine:
         self.hidden.is_stored()
         self.set_snapshots(self.snapshots)
 
+    def _keys(self) -> list[int]:
+        """Keys of the levels of the index that the store has."""
+        return sorted(key for kind, key in self.store.root.blobs if kind == fmt.BlobKind.INDEX)
+
     def _read_level(self, key: int) -> Level:
-        """A level from the first copies that are whole; each of the two blobs may be damaged by itself."""
-        store, records, crcs = self.store, fmt.BlobKind.INDEX, fmt.BlobKind.INDEX_CRCS
-        count = store.blob_length(records, key) // fmt.RECORD_DTYPE.itemsize
-        try:
-            return store.first_whole(
-                records,
-                key,
-                lambda copy: Level.gather(
-                    count,
-                    limits.sound_records(store.read_table(records, key, fmt.RECORD_DTYPE, copy), count),
-                    store.first_whole(crcs, key, lambda copy: self._read_crcs(key, copy)),
-                    key,
-                ),
-            )
-        except MemoryError as error:
-            raise StoreDamaged(f"index {key}: {count} records are more than memory holds") from error
-        except StoreDamaged as error:
-            try:
-                parts = Parts(store, key)
-            except StoreDamaged:
-                raise error from None  # all that could tell is lost as well, or never was there
-            store.worn = True
-            self.lost_parts.add(parts.lost(self.blocks, self.masks.words))
-            return parts.level()
-
-    def _read_hidden(self, copy: int) -> Ints:
-        tables = self.store.read_table(fmt.BlobKind.HIDDEN, 0, fmt.RUN_DTYPE, copy)
-        count = self.store.blob_length(fmt.BlobKind.HIDDEN, 0) // fmt.RUN_DTYPE.itemsize
-        runs = np.zeros((count, 2), np.int64)
-        at = 0
-        for table in tables:
-            runs[at : at + len(table), 0], runs[at : at + len(table), 1] = table["start"], table["length"]
-            at += len(table)
-        return runs
-
-    def _read_crcs(self, key: int, copy: int) -> npt.NDArray[np.uint32]:
-        crcs = fmt.BlobKind.INDEX_CRCS
-        count = self.store.blob_length(crcs, key) // CRC_DTYPE.itemsize
-        return gathered(count, self.store.read_table(crcs, key, CRC_DTYPE, copy))
+        level, lost = blobs.read_level(self.store, key, self.blocks, self.masks.words)
+        self.lost_parts.add(lost)
+        return self._checked(level)
 
     def _checked(self, level: Level) -> Level:
         copied = level.length[level.copy != fmt.ZERO_COPY].sum() if len(level) else 0
@@ -961,21 +914,15 @@ class Engine:
                 if sum(map(len, fresh)):
                     kept.append(merge(fresh))
                     rewritten.append(kept[-1])
-                keys = [key for kind, key in self.store.root.blobs if kind == fmt.BlobKind.INDEX]
+                keys = self._keys()
                 unused = (key for key in range(len(keys) + len(rewritten)) if key not in keys)
                 for level in rewritten:
-                    self._write_level(level, next(unused))
-                used = {level.stored for level in kept}
-                for key in keys:
-                    if key not in used:
-                        self.store.drop_blob(fmt.BlobKind.INDEX, key)
-                        self.store.drop_blob(fmt.BlobKind.INDEX_CRCS, key)
-                for kind, key in list(self.store.root.blobs):
-                    if kind == fmt.BlobKind.INDEX_PARTS and key not in used:
-                        self.store.drop_blob(fmt.BlobKind.INDEX_PARTS, key)
+                    blobs.write_level(self.store, level, self.masks, next(unused))
+                blobs.drop_levels(self.store, {level.stored for level in kept})
                 self.index.replace(kept)
-                self.write_masks()
-                self._write_hidden(hides)
+                blobs.write_masks(self.store, self.masks)
+                self._masks_stored = self.masks.count
+                blobs.write_hidden(self.store, hides)
         except BaseException:
             for level, key, touched in stored:
                 level.stored, level.touched = key, touched
@@ -986,37 +933,6 @@ class Engine:
         self.store.new_epoch()
         if commit:
             self.store.commit()
-
-    def _write_level(self, level: Level, key: int) -> None:
-        """Put a level into the blobs under ``key``."""
-        size = len(level) * fmt.RECORD_DTYPE.itemsize
-        parts, blobs = Writer(level, self.masks), self.store.root.blobs
-        self.store.write_pieces(fmt.BlobKind.INDEX, key, size, parts.pieces())
-        crcs = level.crcs.astype(CRC_DTYPE, copy=False)
-        self.store.write_blob(fmt.BlobKind.INDEX_CRCS, key, crcs.tobytes())
-        table = parts.build(blobs[fmt.BlobKind.INDEX, key].crc, blobs[fmt.BlobKind.INDEX_CRCS, key].crc)
-        self.store.write_blob(fmt.BlobKind.INDEX_PARTS, key, table)
-        level.stored, level.touched = key, False
-
-    def _write_hidden(self, runs: bytes) -> None:
-        """Put the hidden runs into their blob; the feature is in the header while there are any."""
-        if runs:
-            self.store.write_blob(fmt.BlobKind.HIDDEN, 0, runs)
-        else:
-            self.store.drop_blob(fmt.BlobKind.HIDDEN, 0)
-        self.store.root.incompat = fmt.INCOMPAT_HIDDEN_RUNS if runs else 0
-
-    def write_masks(self) -> None:
-        """Put the mask table into its blob."""
-        head = self.masks.words.to_bytes(8, "little")
-        self.store.write_blob(fmt.BlobKind.MASKS, 0, head + self.masks.rows.astype("<u8").tobytes())
-        self._masks_stored = self.masks.count
-
-    def write_history(self) -> None:
-        """Put the history table into its blobs."""
-        self.store.write_blob(fmt.BlobKind.HISTORY, 0, self.history.table.tobytes())
-        twins = self.history.twins.astype(fmt.HISTORY_TWIN_DTYPE).tobytes()
-        self.store.write_blob(fmt.BlobKind.HISTORY_TWINS, 0, twins)
 
     # -- after a crash ----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from extsnap.errors import FormatError, RestoreRefused, StoreDamaged, StoreProte
 from extsnap.ext.bitmaps import whole_clusters
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.quota import charge
-from extsnap.snapshot.store import Extents, Root
+from extsnap.snapshot.root import Extents, Root
 from extsnap.sparsebits import SparseBits
 
 ROOT_INODE = 2

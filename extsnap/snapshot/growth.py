@@ -44,7 +44,7 @@ from extsnap.errors import ExtsnapError
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
 from extsnap.snapshot.engine import HOLD_BYTES
-from extsnap.snapshot.store import NO_BLOCKS, Extents
+from extsnap.snapshot.root import NO_BLOCKS, Extents
 from extsnap.snapshot.vital import NEARLY, metadata_runs
 
 if TYPE_CHECKING:

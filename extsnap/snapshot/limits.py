@@ -20,7 +20,7 @@ from extsnap.snapshot.medium import PRIMARY_OFFSET
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from extsnap.snapshot.store import Root
+    from extsnap.snapshot.root import Root
 
 #: Bytes of a root, and of the log.
 ROOT_BYTES, LOG_BYTES = 32 << 20, 64 << 20

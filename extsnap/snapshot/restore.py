@@ -36,7 +36,7 @@ from extsnap.ondisk.superblock import State
 from extsnap.snapshot import edit, graft, hidden, taking
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import Level
-from extsnap.snapshot.store import RestoreIntent
+from extsnap.snapshot.root import RestoreIntent
 from extsnap.snapshot.view import View
 from extsnap.sparsebits import SparseBits
 

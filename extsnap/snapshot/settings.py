@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.store import Root
+from extsnap.snapshot.root import Root
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume

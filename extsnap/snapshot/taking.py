@@ -17,7 +17,7 @@ from extsnap.errors import (
     VolumeDirty,
     VolumeFull,
 )
-from extsnap.snapshot import edit, hidden, served
+from extsnap.snapshot import blobs, edit, hidden, served
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.full import make_room
 from extsnap.snapshot.moment import how_to_repair, is_at_rest, left_undone, preserved, require_clean
@@ -307,7 +307,7 @@ def commit(volume: Volume, staged: Staged) -> None:
 def write_tables(volume: Volume, snapshots: list[fmt.Snapshot]) -> None:
     """Write history and snapshot table for the next header commit."""
     engine, store = volume.require_engine(), volume.require_store()
-    engine.write_history()
+    blobs.write_history(store, engine.history)
     table = b"".join(entry.build() for entry in sorted(snapshots, key=lambda entry: entry.id))
     flags = fmt.RO_COMPAT_SNAPSHOT_FLAGS if any(entry.flags for entry in snapshots) else 0
     store.root.ro_compat = store.root.ro_compat & ~fmt.RO_COMPAT_SNAPSHOT_FLAGS | flags

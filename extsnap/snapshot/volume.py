@@ -64,7 +64,8 @@ from extsnap.snapshot.moment import (
     left_undone,
     require_clean,
 )
-from extsnap.snapshot.store import Extents, Root, Store
+from extsnap.snapshot.root import Extents, Root
+from extsnap.snapshot.store import Store
 from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.vital import Vital
 from extsnap.snapshot.warden import Warden

@@ -13,7 +13,7 @@ import numpy as np
 from campaigns.recorded import BLOCK, Recorded, repaired
 from extsnap.arrays import runs_of
 from extsnap.snapshot import edit, engine, hidden
-from extsnap.snapshot.store import SLOT_BLOCKS
+from extsnap.snapshot.root import SLOT_BLOCKS
 from extsnap.snapshot.volume import Volume
 
 SECTOR_BYTES = 512

@@ -24,11 +24,12 @@ from lab import BLOCK, Flags, MemoryDevice
 
 from extsnap.arrays import runs_of
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
-from extsnap.snapshot import copies, engine, hidden
+from extsnap.snapshot import blobs, copies, engine, hidden
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.medium import Medium
-from extsnap.snapshot.store import Root, Store
+from extsnap.snapshot.root import Root
+from extsnap.snapshot.store import Store
 from extsnap.snapshot.view import View
 from extsnap.sparsebits import SparseBits
 
@@ -175,7 +176,7 @@ class Bench:
         store.root.next_id += 1
         engine.set_snapshots(engine.snapshots)
         hidden.record_zeros(engine, bit, bits)
-        engine.write_history()
+        blobs.write_history(store, engine.history)
         store.commit()
         self.snapshots.append(snapshot)
         engine.set_snapshots(list(self.snapshots))
@@ -193,7 +194,7 @@ class Bench:
         engine.set_snapshots(list(self.snapshots))
         engine.purge()
         store.release(engine.history.collect())
-        engine.write_history()
+        blobs.write_history(store, engine.history)
         engine.fold(commit=False)
         store.commit()
         hidden.release(engine)

@@ -21,7 +21,8 @@ from extsnap.snapshot.format import RECORD_DTYPE, ZERO_COPY
 from extsnap.snapshot.index import RUN_MAX, WRITES_MAX, Index, Level, merge
 from extsnap.snapshot.masks import MaskTable, mask_of, words_for
 from extsnap.snapshot.medium import Medium
-from extsnap.snapshot.store import Root, Store
+from extsnap.snapshot.root import Root
+from extsnap.snapshot.store import Store
 
 BLOCKS = 60
 MASKS = 4

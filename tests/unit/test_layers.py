@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,22 @@ def test_help_stays_light(code):
     modules = loaded_after(code)
     assert not [name for name in HEAVY if name in modules]
     assert not [name for name in modules if name.startswith(("extsnap.snapshot", "extsnap.ext", "extsnap.ondisk"))]
+
+
+def test_the_map_names_every_module() -> None:
+    """docs/DESIGN.md, Layers and modules."""
+    text = (PACKAGE.parent / "docs" / "DESIGN.md").read_text(encoding="utf-8")
+    text = text[text.index("## Layers and modules") : text.index("## What ondisk offers")]
+    layer, named = "", set()
+    for line in text.splitlines():
+        if line.startswith("    ") and line[4] != " ":
+            layer = line.split()[0].rstrip("/")
+            named.add(layer)
+        named |= {(layer, word) for word in re.findall(r"[a-z_]+", line)}
+    modules = [path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")]
+    missing = [
+        str(path.relative_to(PACKAGE))
+        for path in modules
+        if (path.stem if path.parent == PACKAGE else (layer_of(path), path.stem)) not in named
+    ]
+    assert missing == []
