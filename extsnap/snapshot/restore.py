@@ -57,11 +57,12 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     Raises:
         SnapshotNotFound: No such snapshot.
         RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
-        NeedsRecovery: It was begun and is not finished; the next command finishes it.
+        NeedsRecovery: It was begun and is not finished; the next command finishes it.  Or the volume is under repair.
     """
-    volume.finish_restore()
-    if safety or not volume.needs_replay:  # what is not kept need not be whole
+    if safety:
         volume.require_trusted()
+    else:
+        volume.require_inside()  # what is not kept need not be whole
     volume.require_unused()
     target = volume.find(name)
     engine, store = volume.require_engine(), volume.require_store()
@@ -233,11 +234,16 @@ def _safety_name(volume: Volume, target: fmt.Snapshot, created: int) -> str:
 
 
 def _recorded_blocks(volume: Volume, target: fmt.Snapshot) -> Ints:
-    """Blocks whose content the target keeps in a copy: all that can differ from the base; sorted."""
+    """Blocks whose content the target keeps in a copy: all that is to be written; sorted.
+
+    Those that are the store's data now stay that.  The target's files use none of them (see `_move_out`), so they were
+    free then, and kept because nobody knew, or were the store's nodes; its view goes on reading the copies.
+    """
     engine = volume.require_engine()
     named = engine.masks.has(target.bit)
     parts = [expand(level.block[named[level.mask]], level.length[named[level.mask]]) for level in engine.index.levels]
-    return distinct(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+    blocks = distinct(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+    return blocks[~engine.owns(blocks + engine.shift)]
 
 
 def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:

@@ -14,11 +14,12 @@ import pytest
 from arena import make_volume
 
 import extsnap
-from extsnap.arrays import overlap
+from extsnap.arrays import expand, overlap
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, StoreProtected
 from extsnap.ext.filesystem import Filesystem
 from extsnap.snapshot import edit, graft
+from extsnap.snapshot import format as fmt
 from extsnap.snapshot.growth import PIECE_BLOCKS, Cookie, Growth, Reserve, _overlap, _pieces
 
 FILE = bytes(range(256)) * 1024  # 256 KiB
@@ -388,6 +389,86 @@ def test_a_restore_ends_what_an_unmounted_kernel_gave(served, monkeypatch) -> No
     assert volume.read(int(blocks[0]) * 1024, 20 * 1024) == FILE[: 20 * 1024]
     assert volume.end_serving()
     assert not lab.complaint(Path(volume.path).read_bytes())
+
+
+def give(volume, *rows: tuple[int, int, int]) -> None:
+    """The kernel gives the store these rows, all of them are made true, and it unmounts."""
+    growth = volume.growth
+    assert growth is not None
+    volume.serve_below(Above())
+    growth.mounted, growth._wanted = True, volume.store.available
+    growth.look_again()
+    assert growth.due() is not None
+    changes, found = granted(volume, *rows)
+    for block, data in sorted(changes.items()):
+        volume.write(block * 1024, data)
+    assert growth.take(found) == ""
+    while growth.at_work:
+        assert growth.step() is None
+    volume.above.used = False
+
+
+def require_restored(volume, name: str, views: dict[str, bytes]) -> None:
+    """The volume is what the snapshot was, but for the store, nothing waits to be done, and no view has changed."""
+    store, end = volume.require_store(), volume.size // 1024
+    assert store.root.restore is None
+    owned = np.zeros(end, bool)
+    owned[expand(store.root.extents[:, 1], store.root.extents[:, 2])] = True
+    files = lab.survey(views[name]).files
+    assert not (files & owned).any()
+    assert not (lab.unequal(volume.read(0, volume.size), views[name]) & files).any()
+    assert {entry: volume.open_view(entry).pread(0, volume.size) for entry in views} == views
+    assert not lab.complaint(volume.read(0, volume.size))
+    assert volume.end_serving()
+    volume.create("later")
+    assert volume.verb("check")["store"]["ok"]
+    assert not lab.complaint(Path(volume.path).read_bytes())
+
+
+def test_a_restore_leaves_the_store_what_was_free_then(tmp_path: Path) -> None:
+    """A snapshot that is taken in the middle of writes keeps free blocks too, and the kernel gives the store some."""
+    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE, "kept": FILE})
+    blocks = oracle.file_blocks(image, "/gone").data_blocks
+    kept = oracle.file_blocks(image, "/kept").data_blocks
+    with extsnap.open(image) as volume:
+        volume.create("base")
+        volume.begin_serving()
+        from_above(volume, lab.changed_by_debugfs(volume.read(0, volume.size), "rm /gone"))
+        volume.serve_below(Above())
+        assert volume.create("crash").info.consistency == fmt.Consistency.CRASH
+        free = int(volume.filesystem().find_free(64, avoid=[], min_run=64)[0, 0])
+        still = blocks[-20:]  # of the file that was gone, and are not written again
+        assert still[0] > free + 64
+        for block in [*range(free, free + 64), *kept[:5]]:
+            volume.write(block * 1024, b"new".ljust(1024))
+        volume.flush()
+        views = {name: volume.open_view(name).pread(0, volume.size) for name in volume.snapshot_names()}
+        end = end_of(volume)
+        give(volume, (end, free, 64), (end + 64, int(still[0]), 20))
+        assert volume.engine.owns(still + volume.engine.shift).all()
+        volume.verb("restore", name="crash")
+        require_restored(volume, "crash", views)
+
+
+def test_a_restore_leaves_the_store_what_was_a_node_of_its_then(tmp_path: Path) -> None:
+    """A restore has put the nodes elsewhere; the snapshot keeps the old ones, and the kernel gives them as data."""
+    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"kept": FILE})
+    kept = oracle.file_blocks(image, "/kept").data_blocks
+    with extsnap.open(image) as volume:
+        volume.create("one")
+        node = int(volume.store.root.mapping[0])
+        volume.verb("restore", name="one", safety=False)
+        assert node not in volume.store.root.mapping
+        volume.begin_serving()
+        free, end = free_run(volume, 64), end_of(volume)
+        for block in kept[:5]:
+            volume.write(block * 1024, b"new".ljust(1024))
+        views = {"one": volume.open_view("one").pread(0, volume.size)}
+        assert any(views["one"][node * 1024 : (node + 1) * 1024])
+        give(volume, (end, free, 60), (end + 60, node, 1))
+        assert volume.engine.owns(np.array([node]) + volume.engine.shift).all()
+        volume.verb("restore", name="one")
+        require_restored(volume, "one", views)
 
 
 def test_an_edit_of_our_own_ends_what_an_unmounted_kernel_gave(served, monkeypatch) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from extsnap.errors import NeedsRecovery, VolumeFull
+from extsnap.ext.filesystem import Filesystem
+from extsnap.ondisk.superblock import State
 from extsnap.snapshot.volume import Volume
 
 
@@ -71,6 +73,34 @@ def test_meanwhile_nothing_else_changes_the_snapshots(volume: Volume) -> None:
     assert volume.end_serving()
     assert volume.read(0, volume.size) == wanted
     assert volume.open_view("one").pread(0, volume.size) == then
+    assert not lab.complaint(device(volume).content)
+
+
+def test_a_restore_without_safety_waits_for_the_end_of_a_repair() -> None:
+    """It may give the volume up, and not under an e2fsck whose writes would then come over what was restored."""
+    volume = Volume(lab.MemoryDevice(lab.plain_image("ext2")), writable=True)
+    volume.create("one")
+    then, files = volume.open_view("one").pread(0, volume.size), lab.survey(volume.read(0, volume.size)).files
+    volume.begin_serving()
+    overwrite(volume, 20)
+    fs = Filesystem.open(volume.base, writable=True)
+    fs.superblock.s_state &= ~State.VALID
+    fs.write_superblock()
+    volume.flush()
+    volume = Volume(lab.MemoryDevice(bytes(device(volume).content)), writable=True)
+    assert volume.needs_replay
+    volume.begin_serving(grow=False, repair=True)
+    overwrite(volume, 60)
+    wanted = volume.read(0, volume.size)
+    with pytest.raises(NeedsRecovery, match="is being repaired, and its snapshots stay as they are meanwhile; wait"):
+        volume.verb("restore", name="one", safety=False)
+    assert volume.read(0, volume.size) == wanted
+    assert not volume.end_serving(), "the repair made nothing whole"
+    assert volume.read(0, volume.size) == wanted
+    assert volume.open_view("one").pread(0, volume.size) == then
+    assert volume.verb("restore", name="one", safety=False)["restored"] == "one"
+    assert not (lab.unequal(volume.read(0, volume.size), then) & files).any()
+    assert not volume.medium.state.mark
     assert not lab.complaint(device(volume).content)
 
 
