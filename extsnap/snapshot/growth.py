@@ -235,13 +235,15 @@ class Growth:
     @property
     def is_provided(self) -> bool:
         """Whether what `provision` asked for is there, or cannot be had, and nothing is under way."""
+        if self._volume.engine is None:  # it could not be read: whoever asks for a snapshot is told
+            return True
         return not self.under_way and (self._missing() <= 0 or not self.mounted or self.is_paused)
 
     @property
     def has_room_for_snapshot(self) -> bool:
         """Whether its tables have room, whatever else had to be left out."""
-        engine, store = self._volume.require_engine(), self._volume.require_store()
-        return store.available >= engine.reserve() + self._wanted
+        engine, store = self._volume.engine, self._volume.store
+        return engine is None or store is None or store.available >= engine.reserve() + self._wanted
 
     @property
     def is_paused(self) -> bool:

@@ -82,12 +82,14 @@ class Medium:
         device: The raw device; the store reads and writes its own blocks there.
         state: What the superblocks carry now.
         offsets: Byte offsets of all superblocks, the primary first.
+        is_torn: A change of state failed half way: the superblocks may say different things.
     """
 
     def __init__(self, device: CloningDevice) -> None:
         self.device = device
         self.size = device.size
         self.offsets: list[int] = []
+        self.is_torn = False
         self.state = SuperblockState()
         if device.size >= PRIMARY_OFFSET + SUPERBLOCK_BYTES:
             raw = device.pread(PRIMARY_OFFSET, SUPERBLOCK_BYTES)
@@ -179,13 +181,17 @@ class Medium:
 
         Crash: with the mark going on, the primary may have it and the backups not; with the mark going off,
         the backups may have lost it and the primary not.  Never the other way round.
+
+        Raises:
+            OSError: It was not done, or only in part; whoever asks again has all of it done.
         """
         primary, *backups = self.offsets
         contents = {at: self.superblock(at) for at in self.offsets}
-        self.state = state
+        self.is_torn = True
         order = [[primary], backups] if state.mark else [backups, [primary]]
         for group in order:
             for at in group:
                 self.device.pwrite(at, translate(contents[at], state))
             if group:
                 self.device.flush()
+        self.state, self.is_torn = state, False

@@ -39,8 +39,20 @@ def begin(volume: Volume, *, grow: bool = True, set_up: bool = False, repair: bo
 
     Raises:
         NeedsRecovery, VolumeDirty: It needs recovery, and this is no repair.
+        ExtsnapError, OSError: It is not served, and at rest as before.
     """
     volume.require_inside()
+    try:
+        _begin(volume, grow=grow, set_up=set_up, repair=repair, live=live)
+    except BaseException:
+        if volume.deferred is not None:
+            volume.deferred.close()
+        volume.serving, volume.deferred, volume.repair = False, None, None
+        volume.back_to_rest()
+        raise
+
+
+def _begin(volume: Volume, *, grow: bool, set_up: bool, repair: bool, live: bool) -> None:
     fs = volume.filesystem()
     undone = bool(left_undone(fs))
     if grow and not volume.needs_replay and not (repair and undone):

@@ -84,6 +84,7 @@ class Store:
         self.available = 0
         self._cursor = 0
         self._released: list[Ints] = []
+        self._in_vain: list[Ints] = []  # chains of commits that failed: a slot may name one until both name others
         self._chains: list[Ints] = [NO_BLOCKS, NO_BLOCKS]
         self._order = tuple(range(SLOT_BLOCKS))
         self._unsynced = False
@@ -456,30 +457,36 @@ class Store:
         if self._unsynced:
             self.device.flush()
             self._unsynced = False
-        for slot, chain in zip(self._order, self.allocate_pair(count), strict=True):
-            first = self._write_chain(chain, raw)
-            head = fmt.build_slot(
-                compat=compat,
-                ro_compat=self.root.ro_compat,
-                incompat=self.root.incompat,
-                generation=self.root.generation,
-                store_uuid=self.root.store_uuid,
-                fs_uuid=self.root.fs_uuid,
-                block_size=self.block_size,
-                flags=self.root.flags,
-                root_block=first[0],
-                root_blocks=first[1],
-                root_crc=fmt.crc(raw),
-                root_bytes=len(raw),
-            )
-            self.device.pwrite(self.slot_block(slot) * self.block_size, head)
-            self.device.flush()
-            self.release(self._chains[slot])
-            self._chains[slot] = chain
+        fresh = list(self.allocate_pair(count))
+        try:
+            for slot in self._order:
+                first = self._write_chain(fresh[0], raw)
+                head = fmt.build_slot(
+                    compat=compat,
+                    ro_compat=self.root.ro_compat,
+                    incompat=self.root.incompat,
+                    generation=self.root.generation,
+                    store_uuid=self.root.store_uuid,
+                    fs_uuid=self.root.fs_uuid,
+                    block_size=self.block_size,
+                    flags=self.root.flags,
+                    root_block=first[0],
+                    root_blocks=first[1],
+                    root_crc=fmt.crc(raw),
+                    root_bytes=len(raw),
+                )
+                self.device.pwrite(self.slot_block(slot) * self.block_size, head)
+                self.device.flush()
+                self.release(self._chains[slot])
+                self._chains[slot] = fresh.pop(0)
+        except BaseException:
+            self._in_vain += fresh
+            raise
         self._unsynced = self.commit_due = False
-        for blocks in self._released:
+        self._unwanted = None
+        for blocks in [*self._released, *self._in_vain]:
             self.unallocate(blocks)
-        self._released = []
+        self._released, self._in_vain = [], []
 
     def _retract(self) -> None:
         """Take a batch whose barrier failed out of the log; one of an epoch that is over counts no more anyway."""
@@ -487,7 +494,11 @@ class Store:
             self._unsynced = True
             for start in self.log_copies():
                 self.write_log(start, self._unwanted[1], bytes(fmt.SECTOR))
-        self._unwanted = None
+
+    @property
+    def is_batch_unsure(self) -> bool:
+        """Whether the log may have a batch whose barrier has not returned."""
+        return self._unwanted is not None
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:

@@ -92,6 +92,7 @@ def _describe(
 
 def run(volume: Volume, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Carry out a command by name; what opening the volume has mended is a notice of every one."""
+    volume.recall()
     result = VERBS[name](volume, **arguments)
     if volume.mended and name != "note_check":
         mended = [f"{volume.name}: {what}; it was written again" for what in volume.mended]

@@ -23,7 +23,7 @@ import shlex
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,6 +56,7 @@ from extsnap.snapshot.above import Above
 from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.full import fill, make_room, warning
 from extsnap.snapshot.growth import Growth
+from extsnap.snapshot.hidden import Hidden
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
 from extsnap.snapshot.moment import (
     fingerprint,
@@ -73,6 +74,21 @@ from extsnap.sparsebits import SparseBits
 
 #: Bytes; a stray seek must not make bitmaps that fill the memory.
 LARGEST_VOLUME = 64 << 40
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What is to be known of a state in memory that was given up, until it has been read anew.
+
+    Attributes:
+        hidden: The hidden runs of a volume that is served: they may be younger than what is committed.
+        is_torn: The superblocks may have different guards, marks or pointers.
+        is_batch_unsure: The log may have a batch that nobody waited for.
+    """
+
+    hidden: Hidden | None
+    is_torn: bool
+    is_batch_unsure: bool
 
 
 class SnapshotHandle:
@@ -159,7 +175,7 @@ class Volume:
         self.warden: Warden | None = None
         self.vital: Vital | None = None
         self.growth: Growth | None = None
-        self._lost = False  # a failed reload: without the engine nothing would be copied
+        self._lost: _Before | None = None  # the state in memory was given up, and could not be read anew
         self.deferred: Deferred | None = None  # a repair: whole or not at all
         self.repair: Medium | None = None  # the same with superblocks as the medium below shows them
         if writable and self.medium.state.mark:
@@ -424,14 +440,19 @@ class Volume:
     def require_store(self) -> Store:
         """The store; it must exist."""
         if self.store is None:
-            raise ExtsnapError(f"{self.name} has no store", hint="take a snapshot first")
+            raise self._without_store()
         return self.store
 
     def require_engine(self) -> Engine:
         """The engine; the store must exist."""
         if self.engine is None:
-            raise ExtsnapError(f"{self.name} has no store", hint="take a snapshot first")
+            raise self._without_store()
         return self.engine
+
+    def _without_store(self) -> Exception:
+        if self._lost is not None:
+            return OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
+        return ExtsnapError(f"{self.name} has no store", hint="take a snapshot first")
 
     @property
     def base(self) -> Device:
@@ -441,8 +462,8 @@ class Volume:
             OSError: After an error the state could not be read again: writing on could damage snapshots.  Or a
                 restore that was begun is not finished: what is written would be lost by that.
         """
-        if self._lost:
-            raise OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
+        if self._lost is not None:
+            raise self._without_store()
         if self._restore_begun:
             raise OSError(errno.EIO, f"{self.name}: a restore was begun, and the next command has to finish it first")
         if self.repair is not None:
@@ -495,7 +516,7 @@ class Volume:
     def set_mark(self, mark: bool) -> None:
         """Put the dirty mark on, or take it off and set the guard as it should be; durable on return."""
         store = self.require_store()
-        if mark and self.medium.state.mark:
+        if mark and self.medium.state.mark and not self.medium.is_torn:
             return
         if not mark and (store.root.pending is not None or store.root.restore is not None):
             return  # without the mark nobody would finish it
@@ -504,7 +525,7 @@ class Volume:
             guard = self.guard_wanted and bool(self.require_engine().snapshots)
         pointer = fmt.build_pointer(store.slot_block(0), store.slot_block(1))
         state = SuperblockState(guard=guard, mark=mark, pointer=pointer)
-        if state != self.medium.state:
+        if state != self.medium.state or self.medium.is_torn:
             self.medium.set_state(state)
 
     def forget_store(self) -> None:
@@ -618,7 +639,11 @@ class Volume:
             return  # a recovery that may be refused changes nothing
         self.set_mark(True)
         store.root.flags |= fmt.SlotFlags.OPEN
-        store.commit()
+        try:
+            store.commit()
+        except BaseException:
+            store.root.flags &= ~fmt.SlotFlags.OPEN
+            raise
 
     @property
     def _restore_begun(self) -> bool:
@@ -628,25 +653,60 @@ class Volume:
 
     def finish_restore(self) -> None:
         """Finish a restore that this process began, where an error came between: see `restore.finish`."""
+        self.recall()
         if self._restore_begun:
             from extsnap.snapshot.restore import finish
 
             finish(self)
 
     def reload(self) -> None:
-        """Forget the state in memory and read the committed one: after an operation that failed half way."""
-        serving = self.serving
-        shown = self.engine.hidden if self.engine is not None else None
-        self._lost = True
-        self._load()
-        if self.engine is not None and shown is not None:
-            self.engine.hidden.take_over(shown)
-            self.engine.pin()
-        self._lost = False
-        self.serving = serving
-        if self.engine is not None and self.writable:
-            self.engine.rebuild_need()
-            self.engine.spared = edit.MINIMUM_ROOM if serving else 0
+        """Forget the state in memory and read the committed one: after an operation that failed half way.
+
+        What failed may have been a barrier, and then what is read is not yet what a power cut would leave.  So first
+        all that was written is made durable; a batch of the log that nobody waited for is looked at as after a crash,
+        since its copies may have been written over; and an edit that was committed is finished.
+
+        Raises:
+            ExtsnapError, OSError: That failed.  The volume refuses everything until `recall` could read it.
+        """
+        if self._lost is None:
+            engine = self.engine
+            shown = engine.hidden if engine is not None else None
+            unsure = self.store is not None and self.store.is_batch_unsure
+            self._lost = _Before(shown, self.medium.is_torn, unsure)
+        before = self._lost
+        try:
+            if self.writable:
+                self._device.flush()
+            self._load()
+            if self.engine is not None:
+                self._take_over(self.engine, before)
+        except BaseException:
+            self.store = self.engine = None
+            raise
+        self._lost = None
+
+    def _take_over(self, engine: Engine, before: _Before) -> None:
+        """Have the engine that was read anew go on where the one before it stood."""
+        if before.hidden is not None:
+            engine.hidden.take_over(before.hidden)
+            engine.pin()
+        if not self.writable:
+            return
+        if before.is_torn:
+            self.medium.set_state(self.medium.state)
+        if before.is_batch_unsure:
+            engine.repair_last_batch()
+        engine.rebuild_need()
+        engine.spared = edit.MINIMUM_ROOM if self.serving else 0
+        edit.finish(self)
+
+    def recall(self) -> None:
+        """Where the state could not be read anew after an error, try it once more: see `reload`."""
+        if self._lost is not None:
+            self.reload()
+            if not self._restore_begun:  # else whoever finishes it does that
+                served.watch(self)
 
     # -- snapshots --------------------------------------------------------------------------------------
 
@@ -690,15 +750,11 @@ class Volume:
 
         A server goes on from here, so nothing of the operation may be left in memory for a later commit to make true.
         """
-        if self.store is None:
+        if self.store is None and self._lost is None:
             return
         self.reload()
-        store = self.store
-        if store is None:
-            return
-        if store.root.pending is not None:
-            edit.finish(self)
-        if self.store is not None and self.medium.state.mark and not self.serving and store.root.restore is None:
+        store, at_rest = self.store, not (self.serving or self.needs_replay)
+        if store is not None and at_rest and self.medium.state.mark and store.root.restore is None:
             self.settle()
 
     def back_to_size(self, before: Extents | None) -> None:
