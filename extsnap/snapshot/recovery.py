@@ -45,7 +45,12 @@ def recover(volume: Volume) -> None:
     if store.root.restore is not None:
         from extsnap.snapshot.restore import complete
 
-        complete(volume)
+        try:
+            complete(volume)
+        except (ExtsnapError, OSError):
+            if volume.standing is None:
+                raise
+            return  # whoever changes anything tries again and hears why; the restore of another snapshot may go ahead
     fs = volume.filesystem()
     if left_undone(fs) or (is_open and not fs.is_clean):
         volume.needs_replay = True

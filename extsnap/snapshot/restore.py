@@ -13,11 +13,13 @@ What is durable when:
 A crash between 2 and 4 leaves the mark, so nobody mounts a half-restored volume, and the next command repeats 3:
 the target's view does not change meanwhile, because the write path preserves it like every other snapshot.
 An error between them is the same: what is in memory is read anew, and whoever goes on with the volume (a server)
-serves nothing of it and takes no other command before 3 and 4 are done (`finish`).
+serves nothing of it and takes no other command before 3 and 4 are done (`finish`).  Where they cannot be, a copy being
+damaged, the restore of another snapshot takes its place (`_supersede`).
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -45,24 +47,32 @@ if TYPE_CHECKING:
 
 #: How much is exchanged with one barrier.
 EXCHANGE_BYTES = 32 << 20
-#: Blocks of metadata written at once.
+#: Blocks of metadata written at once, and blocks that are decided on together.
 PIECE_BLOCKS = 1024
 #: More transactions than any volume sees between a snapshot and its restore.
 FAR = 1 << 30
 
 
 def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot | None:
-    """Restore ``name``; returns the safety snapshot taken before, if any.
+    """Restore ``name``; returns the safety snapshot that goes back, if any.
+
+    A restore to another snapshot that was begun is finished first.  If it cannot be, this one takes its place.
 
     Raises:
         SnapshotNotFound: No such snapshot.
         RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
         NeedsRecovery: It was begun and is not finished; the next command finishes it.  Or the volume is under repair.
     """
-    if safety:
-        volume.require_trusted()
-    else:
-        volume.require_inside()  # what is not kept need not be whole
+    try:
+        if safety:
+            volume.require_trusted()
+        else:
+            volume.require_inside()  # what is not kept need not be whole
+    except (ExtsnapError, OSError):
+        standing = volume.standing
+        if standing is None or standing.target_id == volume.find(name).id:
+            raise
+        return _supersede(volume, volume.find(name), standing)
     volume.require_unused()
     target = volume.find(name)
     engine, store = volume.require_engine(), volume.require_store()
@@ -75,8 +85,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         for _ in range(4):
             engine.flush()
             changes, mapping, sequence = _target_metadata(volume, target, None, None)
-            blocks = distinct(np.concatenate([_recorded_blocks(volume, target), np.array(sorted(changes), np.int64)]))
-            copies = _copies_needed(volume, blocks, everything=safety)
+            copies = _copies_needed(volume, _written(volume, target, changes), everything=safety)
             needed = engine.blocks_for(copies) + (taking.table_blocks(volume) if safety else 0)
             missing = needed + engine.reserve() + edit.MINIMUM_ROOM - store.available
             if missing <= 0:
@@ -85,15 +94,12 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             grown += more
             if not more:
                 break
-            changes = {}
         if missing > 0:
             raise VolumeFull(
                 f"the restore needs {copies * volume.block_size} bytes for copies, {missing * volume.block_size} more "
                 f"than the volume has; nothing was changed",
                 hint="delete a snapshot, delete files, or use --no-safety",
             )
-        if not changes:
-            changes, mapping, sequence = _target_metadata(volume, target, None, None)
         volume.set_mark(True)
         if safety:
             staged = taking.stage(
@@ -111,41 +117,99 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
             taking.commit(volume, staged)
         else:
             store.commit()
-    except Exception:
+    except Exception as error:
         volume.back_to_rest()
-        # A barrier that failed may still have made the intent durable: then the next open restores.
-        if grown and not volume.serving and volume.require_store().root.restore is None:
+        # A barrier that failed may still have made the intent durable: then it is begun.
+        if volume.standing is not None and isinstance(error, (ExtsnapError, OSError)):
+            raise _unfinished(volume, target, error) from error
+        if grown and not volume.serving and volume.standing is None:
             edit.shrink(volume, grown)
             volume.settle()
         raise
-    try:
-        finish(volume)
-    except (ExtsnapError, OSError) as error:
-        if volume.store is not None and volume.store.root.restore is None:
-            raise
-        reason = error.message if isinstance(error, ExtsnapError) else error.strerror or str(error)
-        raise NeedsRecovery(
-            f"the restore of {volume.name} to {name!a} was begun and is not finished: {reason}",
-            hint="the next command that writes, or extsnap run, completes it",
-        ) from error
+    finish(volume)
     return staged.entry if staged is not None else None
+
+
+def _supersede(volume: Volume, target: fmt.Snapshot, standing: RestoreIntent) -> fmt.Snapshot | None:
+    """Restore a snapshot in the place of another one, whose restore was begun and cannot be finished.
+
+    The base volume is partly that one and partly what it was before: nothing that a safety snapshot could keep, and no
+    filesystem in which the store could grow or move.  The safety snapshot of before stays, and it can always be
+    restored: the store is where it was then.  One header commit puts the new intent in the place of the old one; a
+    crash before it leaves that.
+
+    Returns:
+        The safety snapshot of the first restore, if there is one and it is not the target.
+
+    Raises:
+        RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
+        NeedsRecovery: It was begun and is not finished.
+    """
+    volume.require_unused()
+    engine, store = volume.require_engine(), volume.require_store()
+    safety = next((entry for entry in volume.snapshot_list() if entry.id == standing.safety_id), None)
+    try:
+        changes, mapping, sequence = _target_metadata(volume, target, None, None)
+        # What was copied for the first restore is not copied again, and no room is left for an edit to come.
+        positions = _written(volume, target, changes) + engine.shift
+        copies = engine.copies_for(positions[at : at + PIECE_BLOCKS] for at in range(0, len(positions), PIECE_BLOCKS))
+        missing = engine.blocks_for(copies) + engine.reserve() - store.available
+        if missing > 0:
+            raise VolumeFull(
+                f"the restore needs {missing * volume.block_size} bytes more than the store has, and it cannot grow in "
+                f"a volume that is half restored; nothing was changed",
+                hint=f"restore {safety.name} first" if safety else "export the snapshot instead",
+            )
+        offsets = volume.superblock_offsets(Filesystem.open(_as_restored(volume, target)))
+        volume.retarget(sorted(set(store.root.superblocks) & set(offsets)))
+        store.root.restore = RestoreIntent(target.id, standing.safety_id, sequence, mapping)
+        store.commit()
+    except BaseException:
+        volume.back_to_rest()
+        raise
+    finish(volume)
+    return safety if safety is not target else None
 
 
 def finish(volume: Volume) -> None:
     """Do what is left of a restore that was begun, if there is one, and bring the volume to rest.
 
     Raises:
-        ExtsnapError, OSError: It is not done; nothing of it is in memory, and the next call does it.
+        NeedsRecovery: It is not done, and nothing of it is in memory; or it is done and the volume not at rest.  The
+            message tells which, and the next call goes on.
     """
-    intent = volume.store.root.restore if volume.store is not None else None
-    if intent is None:
+    standing = volume.standing
+    if standing is not None:
+        volume.restoring = next(entry for entry in volume.snapshot_list() if entry.id == standing.target_id)
+    target = volume.restoring
+    if target is None:
         return
-    target = next(entry for entry in volume.snapshot_list() if entry.id == intent.target_id)
-    complete(volume)
-    volume.vital = None  # metadata may be elsewhere
-    volume.needs_replay = False
-    volume.settle()
-    volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long
+    try:
+        if standing is not None:
+            complete(volume)
+        volume.restoring = None
+        volume.vital = None  # metadata may be elsewhere
+        volume.needs_replay = False
+        volume.settle()
+        volume.cut(target.volume_bytes)  # with a safety snapshot of a longer volume it stays as long
+    except (ExtsnapError, OSError) as error:
+        volume.restoring = target
+        raise _unfinished(volume, target, error) from error
+
+
+def _unfinished(volume: Volume, target: fmt.Snapshot, error: ExtsnapError | OSError) -> NeedsRecovery:
+    """What is to be told of an error in the middle of a restore."""
+    reason = error.message if isinstance(error, ExtsnapError) else error.strerror or str(error)
+    standing = volume.standing
+    hint = "the next command that writes, or extsnap run, completes it"
+    if volume.store is not None and volume.store.root.restore is None:
+        return NeedsRecovery(f"{volume.name} is restored to {target.name!a}, but not yet at rest: {reason}", hint=hint)
+    for entry in volume.snapshot_list():
+        if standing is not None and entry.id == standing.safety_id != target.id:
+            hint += f"; if it cannot, extsnap restore {shlex.join([volume.name, entry.name])} goes back"
+    return NeedsRecovery(
+        f"the restore of {volume.name} to {target.name!a} was begun and is not finished: {reason}", hint=hint
+    )
 
 
 def has_work_left(volume: Volume, name: str) -> bool:
@@ -246,6 +310,11 @@ def _recorded_blocks(volume: Volume, target: fmt.Snapshot) -> Ints:
     return blocks[~engine.owns(blocks + engine.shift)]
 
 
+def _written(volume: Volume, target: fmt.Snapshot, changes: dict[int, bytes]) -> Ints:
+    """Blocks that a restore with these ``changes`` of metadata writes, at most; sorted."""
+    return distinct(np.concatenate([_recorded_blocks(volume, target), np.array(sorted(changes), np.int64)]))
+
+
 def _copies_needed(volume: Volume, blocks: Ints, *, everything: bool) -> int:
     """An upper bound of the copies that writing ``blocks`` makes; with ``everything`` a safety snapshot counts too."""
     engine = volume.require_engine()
@@ -334,6 +403,9 @@ def _sequence_now(volume: Volume, then: int) -> int:
     Without it a stale block could look like the next transaction of the restored journal.  A filesystem too damaged
     to tell has no journal that anybody replays before the restore is done: far ahead of the target is past all of it.
     """
+    standing = volume.standing
+    if standing is not None:  # it was past all, and nobody has used the journal since; 0: its target has none
+        return standing.journal_sequence or (then + FAR) % SEQUENCES
     try:
         fs = volume.filesystem()
         journal = fs.journal

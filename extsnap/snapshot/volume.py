@@ -65,7 +65,7 @@ from extsnap.snapshot.moment import (
     left_undone,
     require_clean,
 )
-from extsnap.snapshot.root import Extents, Root
+from extsnap.snapshot.root import Extents, RestoreIntent, Root
 from extsnap.snapshot.store import Store
 from extsnap.snapshot.view import View, ViewFile
 from extsnap.snapshot.vital import Vital
@@ -175,6 +175,7 @@ class Volume:
         self.warden: Warden | None = None
         self.vital: Vital | None = None
         self.growth: Growth | None = None
+        self.restoring: fmt.Snapshot | None = None  # to what, where an error came before all of it was done
         self._lost: _Before | None = None  # the state in memory was given up, and could not be read anew
         self.deferred: Deferred | None = None  # a repair: whole or not at all
         self.repair: Medium | None = None  # the same with superblocks as the medium below shows them
@@ -646,10 +647,16 @@ class Volume:
             raise
 
     @property
+    def standing(self) -> RestoreIntent | None:
+        """The restore that was begun and is for this process to finish: the base volume is half restored."""
+        if self._lost is not None or self.store is None or not (self.writable and self.medium.state.mark):
+            return None
+        return self.store.root.restore
+
+    @property
     def _restore_begun(self) -> bool:
-        """Whether the base volume is half restored, and this process is to finish that."""
-        begun = self.store is not None and self.store.root.restore is not None
-        return begun and self.writable and self.medium.state.mark
+        """Whether this process has to finish a restore, or to bring to rest what was restored."""
+        return self.standing is not None or (self.restoring is not None and self._lost is None)
 
     def finish_restore(self) -> None:
         """Finish a restore that this process began, where an error came between: see `restore.finish`."""

@@ -209,3 +209,49 @@ def test_recovery_of_a_full_volume(run_cli: Cli) -> None:
         assert oracle.e2fsck(image).status != 0, "the mark stays until the journal is replayed"
         assert run_cli("run", image, *REPAIR, status=None).returncode in (0, 1)
         judge(image, {})
+
+
+def test_a_restore_that_a_damaged_copy_stops(run_cli: Cli) -> None:
+    """Every command says what stands, and how to go back; that works, and then so does everything else."""
+    with arena() as top:
+        big = random.Random(2).randbytes(1 << 20)
+        image = make_volume(top / "disk.img", "ext4", 24, "-b", "1024", files={"big": big})
+        mount = top / "mount"
+        mount.mkdir()
+        blocks = oracle.file_blocks(image, "/big").data_blocks
+        with extsnap.open(image) as volume:
+            volume.create("one")
+            volume.begin_serving()
+            for block in blocks[:400]:
+                volume.write(int(block) * 1024, b"new".ljust(1024))
+            volume.end_serving()
+            (level,) = (level for level in volume.engine.index.levels if len(level.copy))
+            copy = int(volume.store.physical(level.copy[level.copy >= 0][-1:])[0])
+        with image.open("r+b") as file:
+            file.seek(copy * 1024)
+            file.write(b"rot")
+        stands = re.escape(f"extsnap: the restore of {image} to 'one' was begun and is not finished: ")
+        told = re.compile(
+            rf"{stands}.* fails its checksum; .* extsnap restore {re.escape(str(image))} (\S+) goes back\n"
+        )
+        found = told.fullmatch(run_cli("restore", image, "one", status=1).stderr)
+        assert found
+        safety = found[1]
+        for command, *arguments in (
+            ("create", "later"),
+            ("delete", safety),
+            ("attach", mount),
+            ("mount", mount),
+            ("run", "--", "true"),
+            ("restore", "one"),
+        ):
+            refused = run_cli(command, image, *arguments, status=125 if command == "run" else 1)
+            assert told.fullmatch(refused.stderr), (command, refused.stderr)
+        assert safety in run_cli("list", image).stdout
+        run_cli("restore", image, safety)
+        oracle.assert_clean(image)
+        assert run_cli("run", image, "--", "debugfs", "-R", "dump /big " + str(top / "out"), "{}").returncode == 0
+        assert (top / "out").read_bytes() == b"new".ljust(1024) * 400 + big[400 << 10 :]
+        run_cli("delete", image, "one")
+        run_cli("restore", image, safety)
+        oracle.assert_clean(image)

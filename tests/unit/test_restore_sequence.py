@@ -8,7 +8,10 @@ import lab
 import pytest
 from lab import opened
 
+from extsnap.errors import DamagedCopy, NeedsRecovery
 from extsnap.ext.journal import later
+from extsnap.snapshot import restore
+from extsnap.snapshot.volume import Volume
 
 
 def journal_sequence(device: lab.MemoryDevice) -> int:
@@ -45,6 +48,32 @@ def test_the_sequence_goes_on_from_now(then: int, now: int) -> None:
     assert not lab.complaint(device.content)
     opened(device).verb("restore", undo=True)
     assert journal_sequence(device) == (now + 2) % 2**32
+    assert not lab.complaint(device.content)
+
+
+def test_the_sequence_goes_on_from_a_restore_that_could_not_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the base volume, which is half restored, nothing can be told: the intent knows what is past all of it."""
+    device = lab.MemoryDevice(lab.plain_image("ext4"))
+    go_on_at(device, 5)
+    opened(device).create("then")
+    go_on_at(device, 900)
+    really = restore.complete
+
+    def complete(volume: Volume) -> None:
+        standing = volume.standing
+        assert standing is not None
+        if standing.target_id == volume.find("then").id:
+            raise DamagedCopy("a copy is damaged")
+        really(volume)
+
+    monkeypatch.setattr(restore, "complete", complete)
+    volume = opened(device)
+    with pytest.raises(NeedsRecovery, match="a copy is damaged"):
+        volume.verb("restore", name="then")
+    assert volume.standing is not None
+    assert volume.standing.journal_sequence == 901
+    volume.verb("restore", undo=True)
+    assert journal_sequence(device) == 902
     assert not lab.complaint(device.content)
 
 
