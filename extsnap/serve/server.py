@@ -199,8 +199,6 @@ class Server:
                 self.config.image, writable=self.config.writable, partition=self.config.partition
             )
             self._volume.serve_below(self)
-            if self.config.writable:
-                self._volume.finish_restore()
             # Asked before anything is mounted: it tries the directory, which may be in a filesystem above us later.
             self._scratch_directory = os.path.realpath(tempfile.gettempdir())
             if self.config.partition:

@@ -63,6 +63,7 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
         NeedsRecovery: It was begun and is not finished; the next command finishes it.  Or the volume is under repair.
     """
+    standing = None
     try:
         if safety:
             volume.require_trusted()
@@ -72,9 +73,10 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         standing = volume.standing
         if standing is None or standing.target_id == volume.find(name).id:
             raise
-        return _supersede(volume, volume.find(name), standing)
     volume.require_unused()
     target = volume.find(name)
+    if standing is not None:
+        return _supersede(volume, target, standing)
     engine, store = volume.require_engine(), volume.require_store()
     _reveal(volume, everything=not safety and volume.needs_replay)
     created = volume.now_ns()
@@ -145,7 +147,6 @@ def _supersede(volume: Volume, target: fmt.Snapshot, standing: RestoreIntent) ->
         RestoreRefused, VolumeFull: It cannot be done; nothing was changed.
         NeedsRecovery: It was begun and is not finished.
     """
-    volume.require_unused()
     engine, store = volume.require_engine(), volume.require_store()
     safety = next((entry for entry in volume.snapshot_list() if entry.id == standing.safety_id), None)
     try:
@@ -204,9 +205,10 @@ def _unfinished(volume: Volume, target: fmt.Snapshot, error: ExtsnapError | OSEr
     hint = "the next command that writes, or extsnap run, completes it"
     if volume.store is not None and volume.store.root.restore is None:
         return NeedsRecovery(f"{volume.name} is restored to {target.name!a}, but not yet at rest: {reason}", hint=hint)
-    for entry in volume.snapshot_list():
-        if standing is not None and entry.id == standing.safety_id != target.id:
-            hint += f"; if it cannot, extsnap restore {shlex.join([volume.name, entry.name])} goes back"
+    if standing is not None:
+        names = [entry.name for entry in volume.snapshot_list() if entry.id == standing.safety_id != target.id]
+        back = shlex.join([volume.name, *names]) + " goes back" if names else f"{volume.name} SNAPSHOT gives it up"
+        hint += f"; if it cannot, extsnap restore {back}"
     return NeedsRecovery(
         f"the restore of {volume.name} to {target.name!a} was begun and is not finished: {reason}", hint=hint
     )

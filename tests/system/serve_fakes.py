@@ -188,9 +188,6 @@ class FakeVolume:
 
     growth = None
 
-    def finish_restore(self) -> None:
-        """Nothing is ever restored by half."""
-
     def begin_serving(
         self, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False
     ) -> None:

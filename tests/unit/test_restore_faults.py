@@ -92,6 +92,7 @@ def goes_on(then: Past, fail_at: int, kind: FaultKind, operations: tuple[Operati
         volume.verb("restore", name="one")
     assert device.failures == 1
     begun = isinstance(failure.value, NeedsRecovery)
+    assert begun == (volume.standing is not None or volume.restoring is not None), "that is not what was told"
     if begun:
         for action in (lambda: volume.read(0, 512), lambda: volume.write(0, bytes(512)), volume.flush):
             with pytest.raises(OSError, match="a restore was begun") as refused:
