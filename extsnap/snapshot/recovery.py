@@ -47,10 +47,11 @@ def recover(volume: Volume) -> None:
 
         try:
             complete(volume)
-        except (ExtsnapError, OSError):
+        except (ExtsnapError, OSError) as error:
             if volume.standing is None:
                 raise
-            return  # whoever changes anything tries again and hears why; the restore of another snapshot may go ahead
+            volume.hindrance = error
+            return
     fs = volume.filesystem()
     if left_undone(fs) or (is_open and not fs.is_clean):
         volume.needs_replay = True

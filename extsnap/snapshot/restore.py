@@ -175,6 +175,9 @@ def _supersede(volume: Volume, target: fmt.Snapshot, standing: RestoreIntent) ->
 def finish(volume: Volume) -> None:
     """Do what is left of a restore that was begun, if there is one, and bring the volume to rest.
 
+    What opening the volume has just failed to do is not tried again, only told: the command that comes then may be the
+    restore of another snapshot.
+
     Raises:
         NeedsRecovery: It is not done, and nothing of it is in memory; or it is done and the volume not at rest.  The
             message tells which, and the next call goes on.
@@ -185,7 +188,10 @@ def finish(volume: Volume) -> None:
     target = volume.restoring
     if target is None:
         return
+    hindrance, volume.hindrance = volume.hindrance, None
     try:
+        if hindrance is not None:
+            raise hindrance
         if standing is not None:
             complete(volume)
         volume.restoring = None

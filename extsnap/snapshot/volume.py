@@ -176,6 +176,7 @@ class Volume:
         self.vital: Vital | None = None
         self.growth: Growth | None = None
         self.restoring: fmt.Snapshot | None = None  # to what, where an error came before all of it was done
+        self.hindrance: ExtsnapError | OSError | None = None  # why opening could not finish a restore; told once
         self._lost: _Before | None = None  # the state in memory was given up, and could not be read anew
         self.deferred: Deferred | None = None  # a repair: whole or not at all
         self.repair: Medium | None = None  # the same with superblocks as the medium below shows them

@@ -203,7 +203,7 @@ class _Try:
     def action(self) -> Action:
         """What the command does to an open volume."""
         if self.command.startswith("recover "):
-            return lambda life, volume: None
+            return lambda life, volume: volume.finish_restore()  # whoever opens it next hears of it there
         if self.command in MORE:
             return MORE[self.command][1]
         return dict(LIFE)[self.command]
