@@ -64,8 +64,9 @@ HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384
 #: What a record of one block takes in the index, its checksum included.
 _RECORD_BYTES: int = fmt.RECORD_DTYPE.itemsize + 4
-#: The same with the second copy that every blob has, and its share of the table of parts.
-_INDEX_BYTES: int = 2 * _RECORD_BYTES + math.ceil(2 * BYTES_A_RECORD)
+#: The same with the second copy that every blob has, and its share of the table of parts; and once more, because a fold
+#: writes anew what is there until its commit.
+_INDEX_BYTES: int = 2 * (2 * _RECORD_BYTES + math.ceil(2 * BYTES_A_RECORD))
 #: So many bytes of held writes have what they need copied written at once, before the hold is committed.
 EARLY_BYTES = 4 << 20
 #: Largest piece of one write that is taken into the hold at once.
@@ -400,8 +401,13 @@ class Engine:
         return max(1, room // each)
 
     def reserve(self) -> int:
-        """Blocks kept back for folding and committing what is there now, so that neither ever lacks room."""
-        folded: int = len(self.index) * _INDEX_BYTES
+        """Blocks kept back for folding and committing what is there now, so that neither ever lacks room.
+
+        A fold may write the whole index anew while the old one counts.  What is only in the log has no blocks of its
+        own yet: its place is kept back as well, or the first fold of a full store would take that of the next one.
+        """
+        records, crcs = self.index.extent(unfolded=2)
+        folded = 2 * (records * fmt.RECORD_DTYPE.itemsize + crcs * 4 + math.ceil(records * BYTES_A_RECORD))
         history = self.history.table.nbytes + self.history.twins.nbytes
         tables = self.masks.count * self.masks.words * 8 + history + 64 * len(self.snapshots)
         tables = 2 * (tables + self.hidden.runs * fmt.RUN_DTYPE.itemsize)

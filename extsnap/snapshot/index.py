@@ -199,6 +199,15 @@ class Index:
     def __len__(self) -> int:
         return sum(len(level) for level in self.levels)
 
+    def extent(self, *, unfolded: int = 1) -> tuple[int, int]:
+        """(records, checksums) of all levels; those that are only in the log count ``unfolded`` times."""
+        records = crcs = 0
+        for level in self.levels:
+            times = 1 if level.stored >= 0 else unfolded
+            records += times * len(level.block)
+            crcs += times * len(level.crcs)
+        return records, crcs
+
     def add(self, level: Level) -> None:
         """Take a batch in, merging levels that live only in the log and are of like size."""
         if not len(level):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lab
 import numpy as np
+import oracle
 import pytest
+from arena import make_volume
 from lab import BLOCK, MemoryDevice, opened
 
+import extsnap
 from extsnap.errors import ExtsnapError, VolumeFull
 from extsnap.snapshot import checksums, edit, settings, taking
 from extsnap.snapshot import format as fmt
@@ -545,3 +550,35 @@ def test_a_restore_of_a_served_volume_uses_all_of_the_room(kind: str) -> None:
     assert all(volume.read(block * BLOCK, BLOCK) == then[block * BLOCK : (block + 1) * BLOCK] for block in blocks)
     assert volume.end_serving()
     assert not lab.complaint(device.content)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_full_store_lets_a_snapshot_go(folded: bool, tmp_path: Path) -> None:
+    """What was overwritten in order has few records and many checksums, which a delete writes anew."""
+    image = make_volume(tmp_path / "disk.img", "ext2", 144, "-b", "1024", files={"file": b"\xaa" * (84 << 20)})
+    blocks = oracle.file_blocks(image, "/file").data_blocks
+    with extsnap.open(image) as volume:
+        volume.create("one")
+        volume.begin_serving()
+        volume.write(int(blocks[0]) * 1024, b"\xcc" * 1024)  # two has a copy of its own: its mask goes with it
+        volume.create("two")
+        engine = volume.require_engine()
+        pieces = iter(
+            (at, min(64, first + count - at))
+            for first, count in lab.runs(np.array(sorted(blocks)))
+            for at in range(first, first + count, 64)
+        )
+        with contextlib.suppress(VolumeFull):
+            for at, count in pieces:
+                volume.write(at * 1024, b"\xbb" * 1024 * count)
+        assert next(pieces, None) is not None, "it never was full"
+        volume.flush()
+        assert sum(len(level.crcs) for level in engine.index.levels) > 20_000, "too few copies to show anything"
+        if folded:
+            engine.fold()
+        volume.delete(["two"])
+        assert volume.end_serving()
+        with volume.snapshots["one"].open() as view:
+            view.seek(int(blocks[0]) * 1024)
+            assert view.read(1024) == b"\xaa" * 1024
+        assert volume.verb("check")["store"]["ok"]
