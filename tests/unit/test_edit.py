@@ -75,7 +75,7 @@ def test_a_shrink_that_lacks_room_is_refused_before_it_is_begun() -> None:
     outcomes = set()
     for block in files[::2]:
         volume.write(block * lab.BLOCK, rng.randbytes(lab.BLOCK))
-        if engine.left - engine.reserve() > 50:
+        if engine.left - engine.reserve() > 80:
             continue
         volume.flush()
         left = store.available - engine.reserve()

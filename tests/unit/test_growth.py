@@ -30,7 +30,7 @@ def test_snapshots_taken_while_serving_do_not_pile_up_room(kind: str, tmp_path: 
             assert found is not None
             sizes.append(len(found.data_blocks))
         assert volume.end_serving()
-    records = used * 2 * 64 // 1024
+    records = used * 2 * 80 // 1024  # twice: a fold writes them anew
     assert sizes[0] <= used + records + 700, "more than what there is to preserve, its records, the log, and the tables"
     assert sizes[-1] - sizes[0] <= 3 * 64, f"each snapshot took room of its own: {sizes}"
     oracle.assert_clean(image)
