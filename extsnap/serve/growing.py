@@ -6,6 +6,7 @@ told, and what it answered is made true a piece at a time.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
 from dataclasses import dataclass
@@ -155,7 +156,8 @@ class Growing:
         if grower.mounted != growth.mounted:
             self._told_mounted = grower.mounted
             growth.limited = grower.limited
-            growth.note_mount(grower.mounted)
+            with contextlib.suppress(ExtsnapError, OSError):  # what watches it could not be read: the next command does
+                growth.note_mount(grower.mounted)
         files.lag = growth.lag if growth.mounted else None
         growth.hope = growth.mounted
         files.hope = lambda waited: growth.hope and waited < _PARKED_SECONDS

@@ -595,6 +595,8 @@ class Server:
         """Delete the temporary snapshots of clients that hung up, as soon as nobody reads them."""
         assert self._volume is not None
         assert self._files is not None
+        if self._volume.is_lost:
+            return
         there, read = set(self._volume.snapshot_names()), set(self._files.open_views())
         for name in sorted(self._left_over - (there & read)):
             self._left_over.discard(name)

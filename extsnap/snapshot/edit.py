@@ -110,8 +110,12 @@ def set_up(volume: Volume) -> None:
     store.commit()
     volume.adopt(store)
     volume.stale = None
-    volume.set_mark(True)
-    finish(volume)
+    try:
+        volume.set_mark(True)
+        finish(volume)
+    except BaseException:
+        volume.reload()
+        raise
 
 
 def resize(volume: Volume, wanted: Extents, kind: fmt.PendingKind = fmt.PendingKind.RESIZE) -> None:
@@ -126,8 +130,7 @@ def resize(volume: Volume, wanted: Extents, kind: fmt.PendingKind = fmt.PendingK
     mapping = graft.resize(fs, store.root.store_inode, store.root.extents, wanted, volume.needed_groups())
     fs.flush()
     size = int((wanted[:, 0] + wanted[:, 2]).max())
-    _commit(volume, Pending(kind, wanted, mapping, size), overlay.changes())
-    finish(volume)
+    _carry_out(volume, Pending(kind, wanted, mapping, size), overlay.changes())
 
 
 def reassert(volume: Volume) -> None:
@@ -142,8 +145,7 @@ def reassert(volume: Volume) -> None:
     fs = Filesystem.open(overlay, writable=True)
     mapping = graft.reassert(fs, root, volume.now_seconds())
     fs.flush()
-    _commit(volume, Pending(fmt.PendingKind.RESIZE, root.extents, mapping, root.size_blocks), overlay.changes())
-    finish(volume)
+    _carry_out(volume, Pending(fmt.PendingKind.RESIZE, root.extents, mapping, root.size_blocks), overlay.changes())
 
 
 def grow(volume: Volume, blocks: int, *avoid: ByteWindows) -> int:
@@ -326,8 +328,23 @@ def remove(volume: Volume) -> None:
     graft.remove(fs, volume.now_seconds())
     fs.flush()
     pending = Pending(fmt.PendingKind.STRIP, store.root.extents, store.root.mapping, store.root.size_blocks)
-    _commit(volume, pending, overlay.changes())
-    finish(volume)
+    _carry_out(volume, pending, overlay.changes())
+
+
+def _carry_out(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None:
+    """Commit an edit and do it.
+
+    If an error comes after it may have been committed, the state is read anew, which finishes it: until that has been
+    done nobody may write, for the next open would put its blocks over theirs.
+    """
+    store = volume.require_store()
+    try:
+        _commit(volume, pending, changes)
+        finish(volume)
+    except BaseException:
+        if store.root.pending is not None and volume.store is store:
+            volume.reload()
+        raise
 
 
 def _commit(volume: Volume, pending: Pending, changes: dict[int, bytes]) -> None:

@@ -121,6 +121,7 @@ class Engine:
         self._overwrites_due = False
         self.recovered_batch: Level | None = None
         self.spared = 0
+        self._is_own_edit = False
         self.vital: Vital | None = None
         self.lost = ""
         self.lost_parts = Lost()
@@ -419,7 +420,8 @@ class Engine:
     def room(self) -> int:
         """Copy blocks that can still be promised to writes; each brings a record that the next fold writes."""
         # What is copied early is promised still: it is a part of what the held writes cost.
-        spare = max(0, self.store.available + self._copies.taken - self.reserve() - self.spared)
+        kept = 0 if self._is_own_edit else self.reserve() + self.spared
+        spare = max(0, self.store.available + self._copies.taken - kept)
         return spare * self.block_size // (self.block_size + _INDEX_BYTES) - self._held_cost
 
     def room_for_data(self) -> int:
@@ -437,13 +439,13 @@ class Engine:
 
     @contextlib.contextmanager
     def own_edit(self) -> Iterator[None]:
-        """What is written inside is an edit of the store itself: it may use all of the room."""
-        spared, vital = self.spared, self.vital
-        self.spared, self.vital = 0, None
+        """What is written inside is committed already: it may use all of the room, the reserve too."""
+        spared, vital, inside = self.spared, self.vital, self._is_own_edit
+        self.spared, self.vital, self._is_own_edit = 0, None, True
         try:
             yield
         finally:
-            self.spared, self.vital = spared, vital
+            self.spared, self.vital, self._is_own_edit = spared, vital, inside
 
     def blocks_to_preserve(self, also: SparseBits | None = None) -> int:
         """How many bits `to_preserve` has."""

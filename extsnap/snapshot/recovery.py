@@ -113,6 +113,7 @@ def reconcile(volume: Volume, fs: Filesystem) -> None:
     mapping = fs.file_map(store.root.store_inode).mapping
     if set(mapping.tolist()) != set(store.root.mapping.tolist()):
         store.root.mapping = mapping
+        store.commit()  # whoever reads the state anew finds it
 
 
 def accept_outside_write(volume: Volume) -> list[str]:

@@ -78,11 +78,13 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
     if standing is not None:
         return _supersede(volume, target, standing)
     engine, store = volume.require_engine(), volume.require_store()
-    _reveal(volume, everything=not safety and volume.needs_replay)
     created = volume.now_ns()
     staged = None
     grown = 0
     try:
+        _reveal(volume, everything=not safety and volume.needs_replay)
+        if not safety:
+            _require_readable(volume, target)
         avoid, offsets = _move_out(volume, target)
         for _ in range(4):
             engine.flush()
@@ -130,6 +132,17 @@ def restore(volume: Volume, name: str, *, safety: bool = True) -> fmt.Snapshot |
         raise
     finish(volume)
     return staged.entry if staged is not None else None
+
+
+def _require_readable(volume: Volume, target: fmt.Snapshot) -> None:
+    """Without a safety snapshot there is no way back: a copy that cannot be read is met before anything is begun.
+
+    Raises:
+        DamagedCopy, OSError: There is one.
+    """
+    ahead = _Ahead(View(volume.require_engine(), target), _recorded_blocks(volume, target))
+    while ahead.take() is not None:
+        pass
 
 
 def _supersede(volume: Volume, target: fmt.Snapshot, standing: RestoreIntent) -> fmt.Snapshot | None:
@@ -213,8 +226,11 @@ def _unfinished(volume: Volume, target: fmt.Snapshot, error: ExtsnapError | OSEr
         return NeedsRecovery(f"{volume.name} is restored to {target.name!a}, but not yet at rest: {reason}", hint=hint)
     if standing is not None:
         names = [entry.name for entry in volume.snapshot_list() if entry.id == standing.safety_id != target.id]
-        back = shlex.join([volume.name, *names]) + " goes back" if names else f"{volume.name} SNAPSHOT gives it up"
-        hint += f"; if it cannot, extsnap restore {back}"
+        others = [entry for entry in volume.snapshot_list() if entry.id != target.id]
+        if names:
+            hint += f"; if it cannot, extsnap restore {shlex.join([volume.name, *names])} goes back"
+        elif others:
+            hint += f"; if it cannot, extsnap restore {volume.name} SNAPSHOT gives it up"
     return NeedsRecovery(
         f"the restore of {volume.name} to {target.name!a} was begun and is not finished: {reason}", hint=hint
     )

@@ -137,7 +137,7 @@ def end(volume: Volume) -> bool:
     if spare > 4 * used + 2 * edit.MINIMUM_ROOM:
         edit.shrink(volume, spare - 2 * used)
     volume.settle()
-    return not volume.engine.hidden.some
+    return not volume.medium.state.mark
 
 
 def _let_repair_through(volume: Volume) -> None:
@@ -174,6 +174,8 @@ def watch(volume: Volume) -> None:
 
     Where the kernel has mounted it and the store cannot grow any more, room is kept for metadata.
     """
+    if volume.is_lost:
+        return  # nobody writes; `Volume.recall` asks again
     is_final = not volume.needs_replay and volume.deferred is None  # the store cannot have what may yet be dropped
     if volume.growth is None and volume.serving and is_final and volume.engine is not None:
         volume.growth = Growth(volume)
@@ -190,7 +192,7 @@ def watch(volume: Volume) -> None:
         if volume.growth is None or not volume.growth.exhausted:
             volume.vital = None
         elif volume.vital is None:
-            with contextlib.suppress(ExtsnapError):  # a filesystem that a repair is about to mend
+            with contextlib.suppress(ExtsnapError, OSError):  # a filesystem that a repair is about to mend
                 fs = volume.filesystem(lenient=True)
                 volume.vital = Vital(fs, engine.rows, engine.row_bytes, engine.shift)
         if volume.vital is not None:

@@ -451,6 +451,11 @@ class Volume:
             raise self._without_store()
         return self.engine
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the state could not be read anew after an error: see `reload`."""
+        return self._lost is not None
+
     def _without_store(self) -> Exception:
         if self._lost is not None:
             return OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
@@ -733,6 +738,8 @@ class Volume:
         Raises:
             SnapshotNotFound: There is none; the message lists some that are there.
         """
+        if self.is_lost:
+            raise self._without_store()
         entries = self.snapshot_list()
         for entry in entries:
             if entry.name == name:

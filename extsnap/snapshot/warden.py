@@ -76,9 +76,13 @@ class Warden:
     def locate(self) -> None:
         """Find the watched bytes where the filesystem has them now.
 
-        A filesystem that cannot be read at the moment (resize2fs writes a superblock in pieces) leaves them as
-        they were.
+        A filesystem that makes no sense at the moment (resize2fs writes a superblock in pieces) leaves them as they
+        were, and the next write to them has it tried again; so does an error of the host.
+
+        Raises:
+            OSError: The host cannot read it.
         """
+        self.moved = True
         root = self._volume.require_store().root
         try:
             fs = self._volume.filesystem()

@@ -42,6 +42,7 @@ class FakeVolume:
     """State beside the image: ``IMAGE.json`` (snapshots and ids, mark, a journal of what was called)."""
 
     block_size = 4096
+    is_lost = False
 
     def __init__(self, path: str, writable: bool) -> None:
         self.path = path

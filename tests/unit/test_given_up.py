@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import lab
 import numpy as np
@@ -21,7 +22,9 @@ from lab import BLOCK, MemoryDevice, opened
 
 from extsnap.blockdev.base import CloningDevice
 from extsnap.blockdev.recording import EVERYTHING, NOTHING, Cuts, RecordingDevice
-from extsnap.errors import ExtsnapError
+from extsnap.errors import ExtsnapError, StoreProtected
+from extsnap.snapshot import edit
+from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.medium import read_state
 from extsnap.snapshot.volume import Volume
 
@@ -245,6 +248,8 @@ def test_a_state_that_cannot_be_read_is_read_by_the_next_command(verb: str, read
             volume.read(0, BLOCK)
         with pytest.raises(OSError, match="could not be read again"):
             volume.require_store()
+        with pytest.raises(OSError, match="could not be read again"):
+            volume.find("one")
         shaky.bad = lambda kind, count: kind == "read"
         with pytest.raises(OSError):
             volume.verb(verb, **NEXT[verb])  # nothing is made up
@@ -374,3 +379,81 @@ def test_a_refused_delete_leaves_the_mark_of_a_volume_that_needs_recovery() -> N
         if not shaky.failures:
             break
     assert number > 3
+
+
+def test_an_edit_that_fails_is_finished_before_anybody_writes() -> None:
+    """Its blocks are in the header: the next open would put them over what is written from now on."""
+    before = past("ext2")
+    for number in range(1, 100):
+        volume, shaky, device = before.served()
+        shaky.begin(on(number))
+        with contextlib.suppress(OSError):
+            edit.grow(volume, 300)
+        if not shaky.failures:
+            break
+        shaky.bad = never
+        volume.recall()
+        root = volume.require_store().root
+        assert root.pending is None
+        bitmap = (int(volume.filesystem().groups.column("bg_block_bitmap")[1]) + 1) * BLOCK - 1
+        volume.write(bitmap, b"\xff")  # as a tool above may
+        volume.flush()
+        again = opened(MemoryDevice(bytes(device.content)))
+        assert again.read(bitmap, 1) == b"\xff"
+        before.require_exact(again)
+    assert number > 10
+
+
+def test_what_could_not_be_brought_to_rest_is_at_the_second_try() -> None:
+    before = past("ext4")
+    for number in range(1, 200, 2):
+        volume, shaky, device = before.served()
+        shaky.begin(on(number))
+        with contextlib.suppress(OSError, ExtsnapError):
+            volume.end_serving()
+        if not shaky.failures:
+            break
+        shaky.bad = never
+        volume.recall()
+        assert volume.end_serving()
+        assert not read_state(bytes(device.content[1024:2048])).mark
+        assert not lab.complaint(device.content)
+        before.require_exact(opened(MemoryDevice(bytes(device.content))))
+    assert number > 10
+
+
+def test_a_read_that_fails_takes_nobody_off_the_watch() -> None:
+    volume, shaky, _ = past("ext2").served()
+    node = int(volume.require_store().root.mapping[0]) * BLOCK
+    for number in range(1, 30):
+        seen = [0]
+
+        def bad(kind: str, count: int, number: int = number, seen: list[int] = seen) -> bool:
+            seen[0] += kind == "read"
+            return seen[0] == number
+
+        shaky.begin(bad)
+        with contextlib.suppress(OSError):
+            volume.watch()
+        shaky.bad = never
+        assert volume.warden is not None
+        with pytest.raises(StoreProtected):
+            volume.write(node, b"\xff" * BLOCK)
+        if not shaky.failures:
+            break
+    assert number > 3
+
+
+def test_an_edit_that_was_promised_room_has_it_whatever_is_kept_back() -> None:
+    """Another version may have begun it, which kept less for folds."""
+    device = MemoryDevice(lab.plain_image("ext4"))
+    volume = opened(device)
+    volume.create("one")
+    before = views_of(volume)
+    crash = mock.patch.object(edit, "finish", side_effect=OSError(errno.EIO, "the power fails"))
+    with crash, pytest.raises(OSError):
+        edit.shrink(volume, 20)
+    with mock.patch.object(Engine, "reserve", return_value=1 << 20):
+        killed = opened(MemoryDevice(bytes(device.content)))
+    assert killed.require_store().root.pending is None
+    assert views_of(killed) == before

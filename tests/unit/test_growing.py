@@ -64,6 +64,8 @@ class Growth:
 
     def note_mount(self, mounted: bool) -> None:
         self.mounted = mounted
+        if self.failure is not None:
+            raise self.failure
 
     def look_again(self) -> None:
         self.looked += 1

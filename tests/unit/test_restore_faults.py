@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from lab import opened
 
+from extsnap.arrays import expand
 from extsnap.blockdev.recording import FaultKind, FaultyDevice, MemoryDevice, OperationKind, RecordingDevice
-from extsnap.errors import ExtsnapError, NeedsRecovery
+from extsnap.errors import DamagedCopy, ExtsnapError, NeedsRecovery
 from extsnap.snapshot.volume import Volume
 
 
@@ -275,3 +276,22 @@ def test_an_open_that_cannot_finish_a_restore_leaves_it_to_the_next() -> None:
         assert {name: view for name, view in views_of(finished).items() if name in then.views} == then.views
         assert finished.require_store().root.restore is None
         assert not (lab.unequal(finished.read(0, finished.size), then.views["one"]) & then.files).any()
+
+
+def test_a_restore_without_safety_is_not_begun_where_a_copy_is_damaged() -> None:
+    """There would be no way back and none to its end."""
+    then = past()
+    volume, _ = serving(then.content)
+    engine = volume.require_engine()
+    (level,) = (level for level in engine.index.levels if then.blocks[150] in expand(level.block, level.length))
+    at = expand(level.block, level.length).tolist().index(then.blocks[150])
+    copy = expand(level.copy, level.length)[at : at + 1]
+    spoiled = bytearray(then.content)
+    spoiled[int(volume.require_store().physical(copy)[0]) * lab.BLOCK] ^= 1
+    volume, below = serving(bytes(spoiled))
+    with pytest.raises(DamagedCopy):
+        volume.verb("restore", name="one", safety=False)
+    assert volume.standing is None
+    for now in (volume, opened(MemoryDevice(bytes(below.content)))):
+        assert not (lab.unequal(now.read(0, now.size), then.base) & then.files).any()
+    volume.create("three")
