@@ -119,7 +119,8 @@ def grown(state: str) -> Grown:
         truth["four"] = _truth(base := volume.read(0, volume.size))
         with contextlib.suppress(InterruptedError), mock.patch.object(edit, "finish", side_effect=InterruptedError):
             edit.grow(volume, 64)
-        fields = [field for field in _fields(volume) if field.structure.startswith("redo")]
+        begun = opened(bytearray(medium), writable=False)
+        fields = [field for field in _fields(begun) if field.structure.startswith("redo")]
         done = opened(bytearray(medium), writable=True)  # what is left of the edit
         base = done.read(0, done.size)
         assert not lab.complaint(base)

@@ -197,8 +197,13 @@ def test_space_is_given_back_while_mounted_and_the_dirty_limit_put_back(run_cli:
             run_cli("delete", image, "one")
             until(lambda: os.statvfs(mount).f_bfree > free + 40 * 256, "the space of the copies")
             assert store_bytes(run_cli, image) < before - 40 * MIB
-        until(lambda: (bdi / "strict_limit").read_text().strip() == "0", "the limit to be lifted")
-        assert int((bdi / "max_ratio").read_text()) == 100
+
+        def is_another() -> bool:
+            """Loop devices are used again: a test beside this one may have it by now, with a limit of its own."""
+            return any(one.device == loop.device and one.backing != loop.backing for one in mounting.loops())
+
+        until(lambda: is_another() or (bdi / "strict_limit").read_text().strip() == "0", "the limit to be lifted")
+        assert is_another() or int((bdi / "max_ratio").read_text()) == 100
         oracle.assert_clean(image)
         with oracle.mounted(image) as directory:
             assert (directory / "big").read_bytes() == content(4, 48)
