@@ -440,12 +440,12 @@ class Engine:
     @contextlib.contextmanager
     def own_edit(self) -> Iterator[None]:
         """What is written inside is committed already: it may use all of the room, the reserve too."""
-        spared, vital, inside = self.spared, self.vital, self._is_own_edit
-        self.spared, self.vital, self._is_own_edit = 0, None, True
+        vital, inside = self.vital, self._is_own_edit
+        self.vital, self._is_own_edit = None, True
         try:
             yield
         finally:
-            self.spared, self.vital, self._is_own_edit = spared, vital, inside
+            self.vital, self._is_own_edit = vital, inside
 
     def blocks_to_preserve(self, also: SparseBits | None = None) -> int:
         """How many bits `to_preserve` has."""

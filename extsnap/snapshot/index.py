@@ -199,7 +199,7 @@ class Index:
     def __len__(self) -> int:
         return sum(len(level) for level in self.levels)
 
-    def extent(self, *, unfolded: int = 1) -> tuple[int, int]:
+    def extent(self, *, unfolded: int) -> tuple[int, int]:
         """(records, checksums) of all levels; those that are only in the log count ``unfolded`` times."""
         records = crcs = 0
         for level in self.levels:

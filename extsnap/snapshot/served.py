@@ -45,9 +45,8 @@ def begin(volume: Volume, *, grow: bool = True, set_up: bool = False, repair: bo
     try:
         _begin(volume, grow=grow, set_up=set_up, repair=repair, live=live)
     except BaseException:
-        if volume.deferred is not None:
-            volume.deferred.close()
-        volume.serving, volume.deferred, volume.repair = False, None, None
+        volume.drop_repair()
+        volume.serving = False
         volume.back_to_rest()
         raise
 

@@ -457,7 +457,7 @@ class Volume:
         return self._lost is not None
 
     def _without_store(self) -> Exception:
-        if self._lost is not None:
+        if self.is_lost:
             return OSError(errno.EIO, f"{self.name}: its snapshots could not be read again after an error")
         return ExtsnapError(f"{self.name} has no store", hint="take a snapshot first")
 
@@ -469,7 +469,7 @@ class Volume:
             OSError: After an error the state could not be read again: writing on could damage snapshots.  Or a
                 restore that was begun is not finished: what is written would be lost by that.
         """
-        if self._lost is not None:
+        if self.is_lost:
             raise self._without_store()
         if self._restore_begun:
             raise OSError(errno.EIO, f"{self.name}: a restore was begun, and the next command has to finish it first")
@@ -655,14 +655,14 @@ class Volume:
     @property
     def standing(self) -> RestoreIntent | None:
         """The restore that was begun and is for this process to finish: the base volume is half restored."""
-        if self._lost is not None or self.store is None or not (self.writable and self.medium.state.mark):
+        if self.is_lost or self.store is None or not (self.writable and self.medium.state.mark):
             return None
         return self.store.root.restore
 
     @property
     def _restore_begun(self) -> bool:
         """Whether this process has to finish a restore, or to bring to rest what was restored."""
-        return self.standing is not None or (self.restoring is not None and self._lost is None)
+        return self.standing is not None or (self.restoring is not None and not self.is_lost)
 
     def finish_restore(self) -> None:
         """Finish a restore that this process began, where an error came between: see `restore.finish`."""
@@ -716,7 +716,7 @@ class Volume:
 
     def recall(self) -> None:
         """Where the state could not be read anew after an error, try it once more: see `reload`."""
-        if self._lost is not None:
+        if self.is_lost:
             self.reload()
             if not self._restore_begun:  # else whoever finishes it does that
                 served.watch(self)
@@ -765,7 +765,7 @@ class Volume:
 
         A server goes on from here, so nothing of the operation may be left in memory for a later commit to make true.
         """
-        if self.store is None and self._lost is None:
+        if self.store is None and not self.is_lost:
             return
         self.reload()
         store, at_rest = self.store, not (self.serving or self.needs_replay)
@@ -986,10 +986,14 @@ class Volume:
 
     def close(self) -> None:
         """Close the image; held writes of a volume that nobody ended serving are lost, as at a power cut."""
+        self.drop_repair()
+        self._device.close()
+
+    def drop_repair(self) -> None:
+        """Forget what a repair wrote, if there is one: nothing of it has been done."""
         if self.deferred is not None:
             self.deferred.close()
-            self.deferred = self.repair = None
-        self._device.close()
+        self.deferred = self.repair = None
 
     def __enter__(self) -> Volume:
         return self

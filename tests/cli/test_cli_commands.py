@@ -652,6 +652,11 @@ def test_progress_on_a_terminal_only(terminal: Terminal) -> None:
 # ---- speed
 
 
+def stderr_of(code: str, *words: str | Path) -> str:
+    """What a program says on standard error that succeeds, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stderr
+
+
 def test_help_and_list_import_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['extsnap', '--help']\n"
@@ -661,8 +666,7 @@ def test_help_and_list_import_nothing_heavy() -> None:
         "         'asyncio', 'importlib.metadata'}\n"
         "print(*sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.split() == []
+    assert stderr_of(code).split() == []
 
 
 def test_numpy_comes_without_threads_and_leaves_the_environment(tmp_path: Path) -> None:
@@ -673,8 +677,7 @@ def test_numpy_comes_without_threads_and_leaves_the_environment(tmp_path: Path) 
         "main(sys.argv[1:])\n"
         "print('numpy' in sys.modules, os.environ == before, len(os.listdir('/proc/self/task')), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, "list", image], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == "True True 1"
+    assert stderr_of(code, "list", image).splitlines()[-1] == "True True 1"
 
 
 def test_list_imports_only_what_it_needs(tmp_path: Path) -> None:
@@ -689,9 +692,7 @@ def test_list_imports_only_what_it_needs(tmp_path: Path) -> None:
         "heavy = {'pydantic', 'extsnap.serve.nbd', 'extsnap.serve.checking', 'rich.progress', 'importlib.metadata'}\n"
         "print(*sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    words = ["create", image, "list", image]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == ""
+    assert stderr_of(code, "create", image, "list", image).splitlines()[-1] == ""
     # Values that are not texts are still converted, and refused, by typer.
     wrong = process("list", image, "--partition", "one")
     assert wrong.returncode == 2

@@ -59,6 +59,16 @@ def served(tmp_path: Path):
         volume.close()
 
 
+@pytest.fixture
+def with_nodes(tmp_path: Path):
+    """A served volume with a snapshot whose store has nodes: ext2."""
+    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE})
+    with extsnap.open(image) as volume:
+        volume.create("one")
+        volume.begin_serving()
+        yield volume
+
+
 def answer(volume, *rows: tuple[int, int, int]) -> dict[str, object]:
     extents = volume.store.root.extents.tolist()
     found = {"do": "grow", "number": volume.growth.awaited, "error": "", "filled": False}
@@ -239,64 +249,55 @@ def test_a_map_without_the_stores_blocks_is_not_believed(served) -> None:
     assert "does not have" in growth.take(found)
 
 
-def test_a_node_that_became_data_waits_until_it_is_no_node_any_more(tmp_path: Path) -> None:
+def test_a_node_that_became_data_waits_until_it_is_no_node_any_more(with_nodes) -> None:
     """Of what the kernel gives, blocks that the header still lists as nodes are left out; ext2, which has some."""
-    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE})
-    with extsnap.open(image) as volume:
-        volume.create("one")
-        volume.begin_serving()
-        growth, free, end = ask(volume), free_run(volume, 64), end_of(volume)
-        node, before = int(volume.store.root.mapping[0]), volume.store.root.extents
-        rows = [(end, free, 20), (end + 20, node, 1), (end + 21, free + 21, 20)]
-        assert growth.take(answer(volume, *rows)) == ""
-        while growth.at_work:
-            growth.step()
-        new = graft.keep_logical(volume.store.root.extents, np.array([[end, 1000]], np.int64))
-        assert new.tolist() == [list(rows[0]), list(rows[2])]
-        assert graft.has_all(volume.store.root.extents, before)
-        assert not overlap(np.concatenate([volume.store.root.extents[:, 1:], [[node, 1]]]))
+    volume = with_nodes
+    growth, free, end = ask(volume), free_run(volume, 64), end_of(volume)
+    node, before = int(volume.store.root.mapping[0]), volume.store.root.extents
+    rows = [(end, free, 20), (end + 20, node, 1), (end + 21, free + 21, 20)]
+    assert growth.take(answer(volume, *rows)) == ""
+    while growth.at_work:
+        growth.step()
+    new = graft.keep_logical(volume.store.root.extents, np.array([[end, 1000]], np.int64))
+    assert new.tolist() == [list(rows[0]), list(rows[2])]
+    assert graft.has_all(volume.store.root.extents, before)
+    assert not overlap(np.concatenate([volume.store.root.extents[:, 1:], [[node, 1]]]))
 
 
-def test_a_map_of_before_says_nothing_about_the_nodes(tmp_path: Path) -> None:
+def test_a_map_of_before_says_nothing_about_the_nodes(with_nodes) -> None:
     """The kernel's edits come home in any order: until a freeze a former node may be anything, whatever came first."""
-    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE})
-    with extsnap.open(image) as volume:
-        volume.create("one")
-        volume.begin_serving()
-        growth = ask(volume)
-        node = int(volume.store.root.mapping[0]) * 1024
-        old = volume.read(node, 1024)
-        growth.take({"do": "grow", "number": growth.awaited, "error": "", "extents": []})
-        links = volume.filesystem().inode_offset(volume.store.root.store_inode) + 0x1A
-        volume.write(links, b"\2\0")  # the kernel's map of before, whole
+    volume = with_nodes
+    growth = ask(volume)
+    node = int(volume.store.root.mapping[0]) * 1024
+    old = volume.read(node, 1024)
+    growth.take({"do": "grow", "number": growth.awaited, "error": "", "extents": []})
+    links = volume.filesystem().inode_offset(volume.store.root.store_inode) + 0x1A
+    volume.write(links, b"\2\0")  # the kernel's map of before, whole
+    volume.write(node, b"\xff" * 1024)
+    volume.write(node, old)
+    volume.write(links, b"\1\0")
+    growth.settled()
+    with pytest.raises(StoreProtected, match="would take the store"):
         volume.write(node, b"\xff" * 1024)
-        volume.write(node, old)
-        volume.write(links, b"\1\0")
-        growth.settled()
+
+
+def test_new_nodes_of_the_kernel_are_watched_too(with_nodes) -> None:
+    volume = with_nodes
+    growth, free, end = ask(volume), free_run(volume, 600), end_of(volume)
+    changes, found = granted(volume, (end, free, 600))
+    nodes = set(volume.store.root.mapping.tolist())
+    double = int(volume.store.root.mapping[1])  # it names the new ones; until it comes nobody knows of them
+    for block in sorted(changes, key=lambda block: (block == double, block)):
+        volume.write(block * 1024, changes[block])
+    assert growth.take(found) == ""
+    while growth.at_work:
+        assert growth.step() is None
+    growth.settled()
+    new = set(volume.filesystem().file_map(volume.store.root.store_inode).mapping.tolist())
+    assert new - nodes
+    for node in new - nodes:
         with pytest.raises(StoreProtected, match="would take the store"):
-            volume.write(node, b"\xff" * 1024)
-
-
-def test_new_nodes_of_the_kernel_are_watched_too(tmp_path: Path) -> None:
-    image = make_volume(tmp_path / "disk.img", "ext2", 32, "-b", "1024", files={"gone": FILE})
-    with extsnap.open(image) as volume:
-        volume.create("one")
-        volume.begin_serving()
-        growth, free, end = ask(volume), free_run(volume, 600), end_of(volume)
-        changes, found = granted(volume, (end, free, 600))
-        nodes = set(volume.store.root.mapping.tolist())
-        double = int(volume.store.root.mapping[1])  # it names the new ones; until it comes nobody knows of them
-        for block in sorted(changes, key=lambda block: (block == double, block)):
-            volume.write(block * 1024, changes[block])
-        assert growth.take(found) == ""
-        while growth.at_work:
-            assert growth.step() is None
-        growth.settled()
-        new = set(volume.filesystem().file_map(volume.store.root.store_inode).mapping.tolist())
-        assert new - nodes
-        for node in new - nodes:
-            with pytest.raises(StoreProtected, match="would take the store"):
-                volume.write(node * 1024, b"\xff" * 1024)
+            volume.write(node * 1024, b"\xff" * 1024)
 
 
 def test_without_a_limit_of_dirty_pages_all_is_to_have_room(served) -> None:
