@@ -185,6 +185,16 @@ class SparseBits:
             base = slot * self._row_bits
             self._bits[base + at : base + end] = 1
 
+    def mark(self, positions: Ints) -> None:
+        """Set the bits at ``positions``, in any order: faster than `set` for a few hundred single ones."""
+        row = positions // self._row_bits
+        slot = self._slot[row]
+        if (slot <= SET).any():
+            self._make_mixed(distinct(row[slot == CLEAR]))
+            slot = self._slot[row]
+        at = slot * np.int64(self._row_bits) + positions % self._row_bits
+        np.bitwise_or.at(self._flat, at >> 3, np.left_shift(1, at & 7).astype(np.uint8))
+
     def set(self, runs: Ints, value: bool = True) -> None:
         """Set or clear the bits of ``runs``."""
         runs = runs[runs[:, 1] > 0]

@@ -28,6 +28,7 @@ import lab
 import numpy as np
 from lab import BLOCK, MemoryDevice
 
+from extsnap.blockdev.base import Writes
 from extsnap.blockdev.overlay import Overlay
 from extsnap.blockdev.partitions import read_table
 from extsnap.errors import ExtsnapError
@@ -625,6 +626,18 @@ class _FuseVolume:
         assert 0 <= offset <= offset + len(data) <= self.size, (offset, len(data))
         self.data[offset : offset + len(data)] = data
 
+    def write_many(self, writes: Writes) -> bool:
+        for offset, data in writes:
+            self.write(offset, data)
+        return True
+
+    @property
+    def holds(self) -> bool:
+        return True
+
+    def let_out(self) -> None:
+        """Nothing is held."""
+
     def punch(self, offset: int, length: int) -> None:
         assert 0 <= offset <= offset + length <= self.size, (offset, length)
         self.data[offset : offset + length] = bytes(length)
@@ -705,9 +718,15 @@ def _fuse(data: bytes) -> None:
         ours.setblocking(False)
         files = fuse.FuseFiles(theirs.fileno(), _FuseVolume(), log=said.append, max_write=1 << 16)  # type: ignore[arg-type]
         files._note = said.append  # type: ignore[method-assign,assignment]
+        waiting = 0
         for packet in _packets(choose):
             ours.send(packet)
-            assert files.serve_one()
+            waiting += 1
+            if waiting < 3 and choose.number(3):
+                continue
+            while served := files.serve_some():
+                waiting -= served
+            assert not waiting
             with suppress(BlockingIOError):
                 while True:
                     reply = ours.recv(1 << 18)

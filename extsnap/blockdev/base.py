@@ -11,8 +11,11 @@ buffering: the durability contract is the one of a disk with a volatile write ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from extsnap.arrays import Ints
 
 Buffer = bytes | bytearray | memoryview
 
@@ -32,6 +35,31 @@ class ReadableDevice(Protocol):
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from ``offset``: the same as pread, without a copy."""
         ...
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Many writes of a device, in their order; they may overlap.
+
+    Attributes:
+        offsets: int64[n], bytes on the device.
+        lengths: int64[n], bytes, none of them 0.
+        at: int64[n], where in the buffer the data of each begins.
+        buffer: Of bytes.
+    """
+
+    offsets: Ints
+    lengths: Ints
+    at: Ints
+    buffer: memoryview
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[tuple[int, memoryview]]:
+        """(offset, data)."""
+        for offset, length, at in zip(self.offsets.tolist(), self.lengths.tolist(), self.at.tolist(), strict=True):
+            yield offset, self.buffer[at : at + length]
 
 
 #: A read that takes longer than this had to wait for the disk.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from extsnap.snapshot.above import Above
 
 if TYPE_CHECKING:
+    from extsnap.blockdev.base import Writes
     from extsnap.snapshot.growth import Growth
 
 Buffer = bytes | bytearray | memoryview
@@ -47,6 +48,18 @@ class ServedVolume(Protocol):
         """The descriptor of a file that has just what `readinto` gives, and the offset there; None: no file has."""
 
     def write(self, offset: int, data: Buffer) -> None: ...
+
+    def write_many(self, writes: Writes) -> bool:
+        """All of them as ``write`` would, in their order; False or an error: they are to be written one by one."""
+        ...
+
+    @property
+    def holds(self) -> bool:
+        """Whether something is held back, to go out with more that is written soon."""
+        ...
+
+    def let_out(self) -> None:
+        """Hand down what is held back to go out with more."""
 
     def punch(self, offset: int, length: int) -> None: ...
 

@@ -46,10 +46,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from extsnap.blockdev.base import Writes
 from extsnap.blockdev.scratch import Scratch
 from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy, VolumeFull
 from extsnap.serve.contract import ServedView, ServedVolume
 from extsnap.serve.disk import Disk
+from extsnap.serve.slots import SLOTS, Slots
 from extsnap.serve.splice import Splice
 
 # Opcodes (enum fuse_opcode).
@@ -80,6 +85,16 @@ OPEN_IN = struct.Struct("=II")  # flags, open_flags
 OPEN_OUT = struct.Struct("=QII")  # fh, open_flags, padding
 IO_IN = struct.Struct("=QQIIQII")  # fuse_read_in, fuse_write_in: fh, offset, size, ...
 WRITE_OUT = struct.Struct("=II")
+# A whole WRITE without its data, and its answer, as rows of tables.
+WRITE_HEAD = np.dtype(
+    {
+        "names": ["length", "opcode", "unique", "node", "pid", "offset", "size"],
+        "formats": ["=u4", "=u4", "=u8", "=u8", "=u4", "=u8", "=u4"],
+        "offsets": [0, 4, 8, 16, 32, 48, 56],
+        "itemsize": IN_HEADER.size + IO_IN.size,
+    }
+)
+WRITE_ANSWER = np.dtype([("length", "=u4"), ("error", "=i4"), ("unique", "=u8"), ("size", "=u4"), ("padding", "=u4")])
 RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 FORGET_IN = struct.Struct("=Q")
@@ -90,6 +105,7 @@ DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type
 KERNEL_MAJOR, KERNEL_MINOR = 7, 31
 DEFAULT_MAX_WRITE = 1 << 20
 _LARGE = 256 << 10  # bytes of a read that is spliced if it can be; measured: docs/DECISIONS.md
+_MANY = 64 << 10  # bytes of a write of which many may come at once
 _KEPT = 1 << 30  # seconds
 _LATEST = 5.0  # seconds by which an acknowledgement is late at most
 _MOST_PARKED = 256  # requests that wait for room: the kernel sends no more than 64 at once of what it delays
@@ -230,6 +246,8 @@ class FuseFiles:
         self._heads: deque[int] = deque(maxlen=64)
         self._unreported: Exception | None = None
         self._dirty = False
+        self._writes = self._let_out = 0  # how many there were, and how many when all was let out
+        self._seen = 0, 0.0  # the same when `rest` last saw another number, and when that was
         self._layers: dict[int, _Layer] = {}
         self._next_layer = FIRST_SCRATCH_NODE + 1
         self._nodes: dict[int, _Node] = {}
@@ -251,9 +269,9 @@ class FuseFiles:
         self._changed = self._started
         self._touched = False
         # A WRITE is header, fuse_write_in, data: read like this, its data is page-aligned.
-        self._head = bytearray(IN_HEADER.size + IO_IN.size)
-        self._data = memoryview(mmap.mmap(-1, max(max_write, 1 << 16)))
-        self._in_buffers: list[bytearray | memoryview] = [self._head, self._data]
+        self._slots = Slots(fd, IN_HEADER.size + IO_IN.size, max(max_write, 1 << 16))
+        self._head, self._data = self._slots.heads[0], self._slots.data[0]  # of the request that is carried out
+        self._expects_more = False  # small writes come many at a time
         self._out_head = bytearray(OUT_HEADER.size)
         self._splice = Splice(fd)
         self._out_data = memoryview(mmap.mmap(-1, max_write))
@@ -376,27 +394,52 @@ class FuseFiles:
         Raises:
             Unmounted: There will be no more.
         """
+        return self._serve(1) > 0
+
+    def serve_some(self) -> int:
+        """Take one request or, while small writes come, all that wait, and answer them; returns how many.
+
+        Raises:
+            Unmounted: There will be no more.
+        """
+        return self._serve(SLOTS if self._expects_more else 1)
+
+    def _serve(self, most: int) -> int:
         try:
-            length = os.readv(self._fd, self._in_buffers)
-        except BlockingIOError:
-            return False
+            lengths = self._slots.take(most)
         except OSError as error:
-            if error.errno in (errno.EINTR, errno.ENOENT):  # ENOENT: aborted before we took it
-                return True
             raise Unmounted from error
-        if length == 0:
-            raise Unmounted
+        count = len(lengths)
+        self._expects_more = False  # a small write says otherwise
+        if count > 1:
+            heads = self._slots.headers(count, WRITE_HEAD)
+            small = self._small_writes(heads, lengths)
+        else:
+            small = [False]
+        slot = 0
+        while slot < count:
+            end = slot + 1
+            while small[slot] and end < count and small[end]:
+                end += 1
+            if end == slot + 1 or not self._write_many(heads[slot:end], slot):
+                for each in range(slot, end):
+                    self._carry_out(each, lengths[each])
+            slot = end
+        return count
+
+    def _carry_out(self, slot: int, length: int) -> None:
+        """Carry out and answer the request in a slot."""
         if length < IN_HEADER.size:
-            return True
+            return
+        self._head, self._data = self._slots.heads[slot], self._slots.data[slot]
         claimed, opcode, unique, node, _, _, self._pid, _, _ = IN_HEADER.unpack_from(self._head)
         if self._pid:
             self.last_pid = self._pid
         if claimed != length:
             self._fail(unique, errno.EINVAL)
-            return True
+            return
         self._since, self._continues = 0.0, False
         self._answer_to(opcode, unique, node, length)
-        return True
 
     def _answer_to(self, opcode: int, unique: int, node: int, length: int) -> None:
         """Carry out and answer the request in the buffers."""
@@ -430,6 +473,25 @@ class FuseFiles:
                 self.refusal = error.message
             self._report(opcode, error)
             self._fail(unique, error_number(error))
+
+    # ---- between two requests
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is held back of what was written."""
+        return not self._dirty or self._let_out == self._writes
+
+    def rest(self, after: float) -> None:
+        """Let out what is held back, if nothing was written between two calls that are so many seconds apart."""
+        now = time.monotonic()
+        if self._seen[0] != self._writes:
+            self._seen = self._writes, now
+        elif now - self._seen[1] >= after and not self.is_at_rest:
+            self._let_out = self._writes
+            try:
+                self._volume.let_out()
+            except Exception as error:  # it stays held, and the next flush says so to whoever asks
+                self._report(WRITE, error)
 
     # ---- requests that wait for room
 
@@ -521,6 +583,7 @@ class FuseFiles:
         if offset + size > base.size:
             base.grow(offset + size)
         self._dirty = self._touched = True
+        self._writes += 1
         try:
             base.write(offset, self._data[:size])
         except Exception:
@@ -530,15 +593,60 @@ class FuseFiles:
         self._ends.append(offset + size)
         if offset % mmap.PAGESIZE or size == self._max_write:
             self._heads.append(offset + size)
+        self._expects_more = size <= _MANY and node == VOLUME_NODE and self._volume.holds
         if self.lag is not None and (delay := self.lag()):
-            now = time.monotonic()
-            if size <= _SMALL:
-                due = now + min(delay, _LATEST_SMALL)
-            else:  # one after the other: many may be on their way at once
-                due = self._last_late = min(max(self._last_late, now) + delay, now + _LATEST)
-            heapq.heappush(self._late, (due, unique, size))
-            return
-        self._written(unique, size)
+            self._acknowledge_late(unique, size, delay)
+        else:
+            self._written(unique, size)
+
+    def _acknowledge_late(self, unique: int, size: int, delay: float) -> None:
+        """Leave a write that was made to `acknowledge_late`."""
+        now = time.monotonic()
+        if size <= _SMALL:
+            due = now + min(delay, _LATEST_SMALL)
+        else:  # one after the other: many may be on their way at once
+            due = self._last_late = min(max(self._last_late, now) + delay, now + _LATEST)
+        heapq.heappush(self._late, (due, unique, size))
+
+    def _small_writes(self, heads: npt.NDArray[np.void], lengths: list[int]) -> list[bool]:
+        """Which requests are small writes to the base volume that are as they should be."""
+        if not self._writable:
+            return [False] * len(lengths)
+        small = (heads["opcode"] == WRITE) & (heads["node"] == VOLUME_NODE)
+        small &= (heads["length"] == lengths) & (heads["length"] == heads["size"] + len(self._head))
+        small &= (heads["size"] > 0) & (heads["size"] <= _MANY)
+        small &= heads["offset"] <= self._volume.size
+        return list((small & (heads["offset"] + heads["size"] <= self._volume.size)).tolist())
+
+    def _write_many(self, heads: npt.NDArray[np.void], first: int) -> bool:
+        """Carry out and answer small writes in slots from ``first`` on; False if they are to be taken one by one."""
+        at, buffer = self._slots.places(first, len(heads))
+        offsets, sizes = heads["offset"].astype(np.int64), heads["size"].astype(np.int64)
+        self._dirty = self._touched = True
+        self._writes += 1
+        try:
+            if not self._volume.write_many(Writes(offsets, sizes, at, buffer)):
+                return False
+        except Exception:  # one by one it is found out which of them that is about, and said
+            return False
+        self.last_pid = next((pid for pid in heads["pid"][::-1].tolist() if pid), self.last_pid)
+        ends = offsets + sizes
+        self._ends.extend(ends.tolist())
+        self._heads.extend(ends[(offsets % mmap.PAGESIZE != 0) | (sizes == self._max_write)].tolist())
+        if self.lag is not None and (delay := self.lag()):
+            for unique, size in zip(heads["unique"].tolist(), sizes.tolist(), strict=True):
+                self._acknowledge_late(unique, size, delay)
+            return True
+        answers = np.zeros(len(heads), WRITE_ANSWER)
+        answers["length"], answers["unique"], answers["size"] = WRITE_ANSWER.itemsize, heads["unique"], sizes
+        raw, size = answers.tobytes(), WRITE_ANSWER.itemsize
+        for index, unique in enumerate(heads["unique"].tolist()):
+            try:
+                os.write(self._fd, raw[index * size : (index + 1) * size])
+            except OSError as error:
+                self._not_taken(unique, error)
+        self._expects_more = self._volume.holds
+        return True
 
     def _write_scratch(self, unique: int, node: int, offset: int, size: int) -> None:
         layer = self._layers.get(node)

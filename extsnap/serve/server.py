@@ -51,6 +51,7 @@ from extsnap.serve.growing import Growing
 from extsnap.serve.turns import Turns
 
 _PR_SET_IO_FLUSHER = 57
+_REST_SECONDS = 1.0  # without a write, after which nothing is held back any more
 _FUSE_BURST = 1024  # looks for a request between two at the control socket
 _FUSE_SPIN = 50  # looks in vain before going to sleep: waking up costs more than the request that wakes
 _MAX_CLIENTS = 256
@@ -326,14 +327,16 @@ class Server:
     def serve(self) -> None:
         """Take turns until the end."""
         assert self._files is not None
-        fuse_fd, serve_one, poll = self._fuse_fd, self._files.serve_one, self._poll.poll
+        fuse_fd, serve_some, poll = self._fuse_fd, self._files.serve_some, self._poll.poll
         while not self._over:
             try:
                 for fd, event in poll(self._timeout()):
                     if fd == fuse_fd:
-                        misses = 0
-                        for _ in range(self._growing.burst(_FUSE_BURST)):
-                            if serve_one():
+                        misses, most = 0, self._growing.burst(_FUSE_BURST)
+                        while most > 0:
+                            served = serve_some()
+                            most -= max(1, served)
+                            if served:
                                 misses = 0
                             elif (misses := misses + 1) > _FUSE_SPIN:
                                 break
@@ -350,6 +353,8 @@ class Server:
                     break
             if not self._over:
                 self._growing.turn()
+            if not self._files.is_at_rest:
+                self._files.rest(_REST_SECONDS)
             if not self._listening and self._listener is not None:
                 self._make_place()
             if self._waiting:
@@ -362,8 +367,10 @@ class Server:
     def _timeout(self) -> int | None:
         if self._asked:
             return 0
+        assert self._files is not None
         looking = self._waiting or self._left_over or (not self._listening and self._listener is not None)
-        return self._growing.timeout(50 if looking else None)
+        resting = None if self._files.is_at_rest else int(_REST_SECONDS * 1000) + 1
+        return self._growing.timeout(50 if looking else resting)
 
     def _keeper_holds(self) -> bool:
         return self._keeper is not None

@@ -44,7 +44,7 @@ from extsnap.arrays import (
     runs_of,
     set_positions,
 )
-from extsnap.blockdev.base import Buffer, read_pieces, where
+from extsnap.blockdev.base import Buffer, Writes, read_pieces, where
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import blobs, hidden, limits
 from extsnap.snapshot import format as fmt
@@ -119,6 +119,10 @@ class Engine:
         self._copied_bytes = 0  # up to there in the arena
         self._copies = Copies(self)
         self._overwrites_due = False
+        self._sent = 0  # for as many of the held entries the device was told what it can do ahead of the commit
+        self._begun: Ints = np.zeros(
+            (0, 2), np.int64
+        )  # (position, block in the arena) of what is being written already
         self.recovered_batch: Level | None = None
         self.spared = 0
         self._is_own_edit = False
@@ -315,15 +319,49 @@ class Engine:
             return
         view = memoryview(data)
         if length <= PIECE_BYTES:
-            self._hold(offset, view)
+            self._hold(offset, view, start, stop)
             return
         # Room for all pieces is asked for first, so that a large write is refused whole.
         self._make_room(self._cost(start, stop), self.needed_from(start, stop))
         position = offset
         while position < offset + length:
-            piece = min(PIECE_BYTES - position % PIECE_BYTES, offset + length - position)
-            self._hold(position, view[position - offset : position - offset + piece])
-            position += piece
+            end = min(position + PIECE_BYTES - position % PIECE_BYTES, offset + length)
+            first, last = (position >> self._bits) + self.shift, ((end - 1) >> self._bits) + 1 + self.shift
+            self._hold(position, view[position - offset : end - offset], first, last)
+            position = end
+
+    def write_many(self, writes: Writes) -> bool:
+        """Write whole blocks in many places, as so many `pwrite` in their order would.
+
+        Returns:
+            False where they are to be written one by one, and nothing was.
+
+        Raises:
+            VolumeFull, OSError: Each may have room, or not fail, by itself; any of them was written.
+        """
+        start, count = (writes.offsets >> self._bits) + self.shift, writes.lengths >> self._bits
+        if self._overwrites_due or int((writes.offsets + writes.lengths).max()) > self.size:
+            return False
+        positions = expand(start, count)
+        needed = positions[self.need.test(positions)]
+        if not len(needed):
+            for offset, data in writes:
+                self.medium.device.pwrite(offset, data)
+            self.index.count_writes(np.stack([start - self.shift, count], axis=1))
+            return True
+        if self._owned.test(needed).any():
+            return False
+        at = self._place(len(writes), len(positions) << self._bits, len(needed), [distinct(needed)])
+        # Held are all of them, needed or not: which of two to one block is the later one is then decided once.
+        for (_, data), position, blocks in zip(writes, start.tolist(), count.tolist(), strict=True):
+            self._arena[at : at + len(data)] = data
+            self._held.append((position, blocks, at))
+            at += len(data)
+        self._held_bytes = at
+        self._held_cost += len(needed)
+        self._special.mark(positions)
+        self.need.mark(positions)  # as in `_hold`
+        return True
 
     def rewrite(self, blocks: Ints, new: Bits, meanwhile: Callable[[], None] | None = None) -> None:
         """Make whole blocks (sorted, at least one) read as ``new``; durable after `flush`.
@@ -564,26 +602,13 @@ class Engine:
             last += np.bincount((bits * ranks).max(axis=1, initial=0), minlength=top + 1)
         return np.asarray(last.sum() - np.cumsum(last)[:top])
 
-    def _hold(self, offset: int, data: memoryview) -> None:
+    def _hold(self, offset: int, data: memoryview, start: int, stop: int) -> None:
         if self._overwrites_due:
             self.commit()  # an earlier overwrite failed: its turn comes first
         size = self.block_size
-        start = (offset >> self._bits) + self.shift
-        stop = ((offset + len(data) - 1) >> self._bits) + 1 + self.shift
         count = stop - start
-        if not len(self._arena):
-            self._arena = memoryview(mmap.mmap(-1, HOLD_BYTES + PIECE_BYTES))  # takes memory as it is used
         cost = self._cost(start, stop)
-        if (
-            len(self._held) >= HOLD_ENTRIES
-            or self._held_bytes + count * size > len(self._arena)
-            or self._held_cost + cost > self._batch_limit
-        ):
-            self.commit()
-        elif self._held_bytes - self._copied_bytes >= EARLY_BYTES:
-            self._copy_early()
-        self._make_room(cost, self.needed_from(start, stop))
-        at = self._held_bytes
+        at = self._place(1, count * size, cost, self.needed_from(start, stop))
         piece = self._arena[at : at + count * size]
         head = offset - ((start - self.shift) << self._bits)
         if head:
@@ -596,6 +621,36 @@ class Engine:
         self._held_cost += cost
         self._special.set_range(start, stop)
         self.need.set_range(start, stop)  # later writes to held blocks go through the hold
+
+    @property
+    def holds(self) -> bool:
+        """Whether writes wait for their copies."""
+        return bool(self._held)
+
+    def _place(self, entries: int, length: int, cost: int, needed: Iterable[Ints]) -> int:
+        """Where in the arena more entries of the hold have room.
+
+        Args:
+            entries: How many.
+            length: Bytes of them.
+            cost: As `_make_room` has it.
+            needed: As `_make_room` has it.
+
+        Raises:
+            VolumeFull, OSError: They have none.
+        """
+        if not len(self._arena):
+            self._arena = memoryview(mmap.mmap(-1, HOLD_BYTES + PIECE_BYTES))  # takes memory as it is used
+        if (
+            len(self._held) + entries > HOLD_ENTRIES
+            or self._held_bytes + length > len(self._arena)
+            or self._held_cost + cost > self._batch_limit
+        ):
+            self.commit()
+        elif self._held_bytes - self._copied_bytes >= EARLY_BYTES:
+            self._copy_early()
+        self._make_room(cost, needed)
+        return self._held_bytes  # making room may have emptied it
 
     def _read_block(self, position: int, buffer: memoryview) -> None:
         """One block as seen from above; past the end of a ragged last block it is zeros."""
@@ -625,33 +680,24 @@ class Engine:
         self._special.set(runs, False)
         self._special.set(runs_of(self._superblocks))
         self._special.tidy(distinct(runs[:, 0] // (self.row_bytes * 8)))
-        for position, count, _ in self._held:
-            self.index.count_write(position - self.shift, count)
+        self.index.count_writes(runs - np.array([self.shift, 0]))
         self._held, self._held_bytes, self._overwrites_due = [], 0, False
 
     def _overwrite(self) -> None:
-        """Let the held writes out to the medium, neighbours joined where no two overlap."""
-        entries = self._held
-        if len(entries) > 1:
-            ordered = sorted(entries)
-            held = np.array(ordered, np.int64)
-            if (held[:-1, 0] + held[:-1, 1] <= held[1:, 0]).all():
-                entries = ordered
-        index = 0
-        while index < len(entries):
-            position, count, at = entries[index]
-            index += 1
-            # Entries that follow each other on the medium and in the arena go out as one write.
-            while (
-                index < len(entries)
-                and entries[index][0] == position + count
-                and entries[index][2] == at + (count << self._bits)
-            ):
-                count += entries[index][1]
-                index += 1
-            offset = (position - self.shift) << self._bits
-            length = min(count << self._bits, self.size - offset)
-            self.medium.pwrite(offset, self._arena[at : at + length])
+        """Let the held writes out to the medium: of each block the last one, neighbours in both places joined."""
+        position, count, at = np.array(self._held, np.int64).T
+        positions, places = expand(position, count), expand(at >> self._bits, count)
+        order = np.argsort(positions, kind="stable")
+        positions, places = positions[order], places[order]
+        last = np.append(positions[1:] != positions[:-1], True)
+        positions, places = positions[last], places[last]
+        apart = (np.diff(positions, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1)
+        first, length = breaks_to_runs(apart, 1 << 62)
+        offsets = (positions[first] - self.shift) << self._bits
+        lengths = np.minimum(length << self._bits, self.size - offsets)
+        starts = places[first] << self._bits
+        for offset, size, start in zip(offsets.tolist(), lengths.tolist(), starts.tolist(), strict=True):
+            self.medium.pwrite(offset, self._arena[start : start + size])
 
     def missing(self, positions: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
         """uint64[n, words]: by sorted position, the snapshots that preserve it and have no record for it."""

@@ -194,7 +194,8 @@ class Index:
 
     def __init__(self, levels: list[Level] | None = None) -> None:
         self.levels = [level for level in levels or [] if len(level)]
-        self._written: list[tuple[int, int]] = []
+        self._written: list[Ints | tuple[tuple[int, int]]] = []
+        self._noted = 0
 
     def __len__(self) -> int:
         return sum(len(level) for level in self.levels)
@@ -257,18 +258,26 @@ class Index:
                 found.append((level, which[hit], record[hit]))
         return found
 
+    def count_writes(self, runs: Ints) -> None:
+        """Note that runs of blocks (int64[n, 2], start and length) were written again; applied in bulk later."""
+        self._written.append(runs)
+        self._noted += len(runs)
+        if self._noted >= 65536:
+            self.apply_writes()
+
     def count_write(self, start: int, length: int) -> None:
-        """Note that ``length`` blocks from ``start`` were written again; applied in bulk later."""
-        self._written.append((start, length))
-        if len(self._written) >= 65536:
+        """The same for one run."""
+        self._written.append(((start, length),))
+        self._noted += 1
+        if self._noted >= 65536:
             self.apply_writes()
 
     def apply_writes(self) -> None:
         """Add the noted writes to the counts of the records that they touch."""
         if not self._written:
             return
-        noted = np.array(self._written, np.int64)
-        self._written = []
+        noted = np.concatenate(self._written, dtype=np.int64)
+        self._written, self._noted = [], 0
         for level in self.levels:
             low = np.searchsorted(level.reach, noted[:, 0], "right")
             high = np.searchsorted(level.block, noted[:, 0] + noted[:, 1], "left")

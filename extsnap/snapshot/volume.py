@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from extsnap.arrays import Ints, expand
-from extsnap.blockdev.base import Buffer, CloningDevice, Device, where
+from extsnap.blockdev.base import Buffer, CloningDevice, Device, Writes, where
 from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
@@ -875,6 +875,31 @@ class Volume:
         if self.engine is not None and self.engine.left < self.look_at:
             self._look_at_watermarks()
 
+    def write_many(self, writes: Writes) -> bool:
+        """Write the base volume in many places at once, as so many `write` in their order would.
+
+        Returns:
+            False where they are to be written one by one, and nothing was.
+
+        Raises:
+            ExtsnapError, OSError: One by one they are found out which is refused, and why; any of them was made.
+        """
+        engine = self.engine
+        if engine is None or self.base is not engine or (self.growth is not None and self.growth.cookie is not None):
+            return False
+        if int(np.bitwise_or.reduce(writes.offsets | writes.lengths)) & (self.block_size - 1):
+            return False
+        if self.warden is not None and self.warden.watches(writes):
+            return False
+        if self.vital is not None:
+            for offset, data in writes:
+                self.vital.examine(offset, data)
+        if not engine.write_many(writes):
+            return False
+        if engine.left < self.look_at:
+            self._look_at_watermarks()
+        return True
+
     def _write(self, offset: int, data: Buffer) -> None:
         if self.warden is not None:
             self.warden.examine(offset, data)
@@ -923,6 +948,16 @@ class Volume:
     def serve_below(self, above: Above) -> None:
         """Name what serves this volume."""
         self.above = above
+
+    @property
+    def holds(self) -> bool:
+        """Whether writes are held, to go out with more: the first ones to blocks that a snapshot needs."""
+        return self.engine is not None and self.engine.holds
+
+    def let_out(self) -> None:
+        """Hand down to the host what is held to go out with more: an end of this process does not take it with it."""
+        if self.engine is not None and self.base is self.engine:
+            self.engine.commit()
 
     def flush(self) -> None:
         """Everything written before is durable when this returns."""

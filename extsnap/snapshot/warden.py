@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Ints
-from extsnap.blockdev.base import Buffer
+from extsnap.blockdev.base import Buffer, Writes
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, FormatError, StoreProtected
 from extsnap.ext.directory import parse_block
@@ -66,8 +66,7 @@ class Warden:
         self._volume = volume
         self.refused = 0
         self.moved = False
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._watch([])
         self._tables: set[int] = set()
         self._inodes: list[int] = []
         self._nodes: set[int] = set()
@@ -100,9 +99,20 @@ class Warden:
         parts += [(block * size, (block + 1) * size) for block in blocks]
         parts += [_MAGIC, _COUNT_LOW, _COUNT_HIGH]
         parts.sort()
-        self._starts, self._ends = [start for start, _ in parts], [end for _, end in parts]
+        self._watch(parts)
         self._tables, self._inodes = {start for start, _ in tables}, inodes
         self.moved = False
+
+    def _watch(self, parts: list[tuple[int, int]]) -> None:
+        """Watch sorted ranges (start, end) of bytes."""
+        self._starts, self._ends = [start for start, _ in parts], [end for _, end in parts]
+        nowhere = 1 << 62  # behind the last one
+        self._watched = np.array([*self._starts, nowhere]), np.array(self._ends, np.int64)
+
+    def watches(self, writes: Writes) -> bool:
+        """Whether any of the writes has watched bytes, and so has to be judged by itself."""
+        starts, ends = self._watched
+        return bool((starts[np.searchsorted(ends, writes.offsets, "right")] < writes.offsets + writes.lengths).any())
 
     def examine(self, offset: int, data: Buffer) -> None:
         """Judge a write before it is made.

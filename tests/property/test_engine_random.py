@@ -23,6 +23,7 @@ import pytest
 from lab import BLOCK, Flags, MemoryDevice
 
 from extsnap.arrays import runs_of
+from extsnap.blockdev.base import Writes
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
 from extsnap.snapshot import blobs, copies, engine, hidden
 from extsnap.snapshot import format as fmt
@@ -88,8 +89,7 @@ class Bench:
         self.base = bytearray(self.device.size)
         self.snapshots: list[fmt.Snapshot] = []
         self.moments: dict[int, Moment] = {}
-        self.refused = 0
-        self.found = 0
+        self.refused = self.found = self.at_once = 0
         self.engine = self.opened()
 
     def opened(self) -> Engine:
@@ -117,6 +117,23 @@ class Bench:
         except VolumeFull:
             self.refused += 1
         else:
+            assert not self.hits_store(offset, data)
+            self.base[offset : offset + len(data)] = data
+
+    def write_many(self, writes: list[tuple[int, bytes]]) -> None:
+        """Many writes of whole blocks at once, or one by one where the engine wants them so."""
+        offsets, lengths = np.array([(offset, len(data)) for offset, data in writes]).T
+        buffer = memoryview(b"".join(data for _, data in writes))
+        try:
+            done = self.engine.write_many(Writes(offsets, lengths, np.cumsum(lengths) - lengths, buffer))
+        except VolumeFull:
+            done = False
+        if not done:
+            for offset, data in writes:
+                self.write(offset, data)
+            return
+        self.at_once += 1
+        for offset, data in writes:
             assert not self.hits_store(offset, data)
             self.base[offset : offset + len(data)] = data
 
@@ -301,6 +318,11 @@ class Bench:
             self.random_rewrite()
             return
         rng = self.rng
+        if rng.random() < 0.2:
+            near = rng.randrange(self.count - 100)
+            blocks = [near + rng.randrange(90) for _ in range(rng.randrange(1, 30))]
+            self.write_many([(block * BLOCK, rng.randbytes(rng.choice([1, 1, 2]) * BLOCK)) for block in blocks])
+            return
         length = rng.choice([1, 100, 1024, 2048, 5000, 30000])
         offset = rng.randrange(self.device.size - length + 1)
         if rng.random() < 0.1:
@@ -381,6 +403,7 @@ def test_random_work(seed: int, most: int) -> None:
     bench.reopen()
     bench.verify()
     assert bench.found, "nothing of the base stands on the device as it is"
+    assert bench.at_once, "no writes were taken at once"
 
 
 @pytest.mark.usefixtures("early")
@@ -498,6 +521,21 @@ def test_a_later_write_to_a_block_that_is_held_for_its_neighbour() -> None:
     assert bench.create(flags)
     bench.write(1400 * BLOCK, bench.rng.randbytes(2 * BLOCK))
     bench.write(1400 * BLOCK, bench.rng.randbytes(BLOCK))
+    bench.verify()
+    bench.reopen()
+    bench.verify()
+
+
+def test_many_writes_with_two_to_one_block() -> None:
+    """One that nobody needs is held with its neighbour; the later one of the same call is behind it all the same."""
+    bench = Bench(13)
+    flags = np.zeros(bench.count, np.bool_)
+    flags[1401] = True
+    assert bench.create(flags)
+    content = [bench.rng.randbytes(size * BLOCK) for size in (2, 1, 1, 1)]
+    bench.write_many(list(zip([1400 * BLOCK, 1400 * BLOCK, 1500 * BLOCK, 1500 * BLOCK], content, strict=True)))
+    assert bench.at_once
+    bench.write(1500 * BLOCK + 100, b"behind it")
     bench.verify()
     bench.reopen()
     bench.verify()

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from extsnap.blockdev.base import Writes
 from extsnap.errors import DamagedCopy, NeedsRecovery, SnapshotExists, SnapshotNotFound, VolumeBusy
 from extsnap.snapshot.above import Above
 
@@ -91,6 +92,18 @@ class FakeVolume:
 
     def write(self, offset: int, data: memoryview) -> None:
         assert os.pwrite(self._fd, data, offset) == len(data)
+
+    def write_many(self, writes: Writes) -> bool:
+        for offset, data in writes:
+            self.write(offset, data)
+        return True
+
+    @property
+    def holds(self) -> bool:
+        return True
+
+    def let_out(self) -> None:
+        """Nothing is held."""
 
     def punch(self, offset: int, length: int) -> None:
         if _libc.fallocate(self._fd, _KEEP_SIZE_PUNCH_HOLE, offset, length) != 0:

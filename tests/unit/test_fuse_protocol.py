@@ -16,9 +16,11 @@ from unittest import mock
 
 import pytest
 
+from extsnap.blockdev.base import Writes
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeBusy, VolumeFull
 from extsnap.serve import fuse
 from extsnap.serve.fuse import FuseFiles, Unmounted
+from extsnap.serve.slots import SLOTS
 
 SIZE = 1 << 20
 
@@ -65,6 +67,24 @@ class Volume:
             raise self.error
         self.data[offset : offset + len(data)] = data
 
+    at_once: int = 0
+    one_by_one: bool = False
+    holds: bool = True
+    let_out_at: list[bytes] = field(default_factory=list)
+
+    def write_many(self, writes: Writes) -> bool:
+        if self.error or self.one_by_one:
+            return False
+        for offset, data in writes:
+            self.data[offset : offset + len(data)] = data
+        self.at_once += len(writes)
+        return True
+
+    def let_out(self) -> None:
+        self.let_out_at.append(bytes(self.data[:1]))
+        if self.error:
+            raise self.error
+
     def punch(self, offset: int, length: int) -> None:
         self.data[offset : offset + length] = bytes(length)
 
@@ -102,6 +122,14 @@ class Kernel:
     def raw(self, packet: bytes) -> None:
         self.ours.send(packet)
         assert self.files.serve_one()
+
+    def send(self, opcode: int, node: int, body: bytes = b"") -> int:
+        """Without serving it; returns its number."""
+        self.ours.send(self.packet(opcode, node, body))
+        return self.unique
+
+    def send_write(self, offset: int, data: bytes, node: int = fuse.VOLUME_NODE) -> int:
+        return self.send(fuse.WRITE, node, fuse.IO_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data)
 
     def packet(self, opcode: int, node: int, body: bytes = b"", length: int | None = None) -> bytes:
         self.unique += 2
@@ -318,6 +346,105 @@ def test_the_rest_of_a_write_that_waits_for_room(kernel: Kernel, monkeypatch: py
     files.try_parked()
     assert kernel.answers() == [(waits, 0 if comes else errno.ENOSPC)]
     assert kernel.ask(fuse.FSYNC, node, sync)[0] == (0 if comes else errno.ENOSPC)
+
+
+@pytest.fixture
+def busy(kernel: Kernel) -> Kernel:
+    """One whose last request was a small write: from here on many are taken at once."""
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
+    assert kernel.write(fuse.VOLUME_NODE, SIZE - 4096, b"z" * 4096) == (0, 4096)
+    return kernel
+
+
+def test_small_writes_that_wait_are_taken_at_once(busy: Kernel, volume: Volume) -> None:
+    """With what is between them, in their order; each has its own answer."""
+    first = [busy.send_write(4096 * block, bytes([block]) * 4096) for block in range(5)]
+    read = busy.send(fuse.READ, fuse.VOLUME_NODE, fuse.IO_IN.pack(0, 3 * 4096, 1, 0, 0, 0, 0))
+    then = [busy.send_write(3 * 4096, b"n" * 4096), busy.send_write(3 * 4096 + 512, b"m" * 512)]
+    end = busy.send(fuse.FSYNC, fuse.VOLUME_NODE, struct.pack("=QII", 0, 0, 0))
+    assert busy.files.serve_some() == 9
+    assert volume.at_once == 7
+    replies = [busy.ours.recv(1 << 16) for _ in range(9)]
+    assert [fuse.OUT_HEADER.unpack_from(reply) for reply in replies] == [
+        *((24, 0, number) for number in first), (17, 0, read), *((24, 0, number) for number in then), (16, 0, end),
+    ]  # fmt: skip
+    assert [fuse.WRITE_OUT.unpack_from(reply, 16)[0] for reply in replies if len(reply) == 24] == [4096] * 6 + [512]
+    assert replies[5][16:] == b"\3", "as it was when the read came"
+    content = b"".join(bytes([block]) * 4096 for block in range(5))
+    assert volume.data[:20480] == content[:12288] + b"n" * 512 + b"m" * 512 + b"n" * 3072 + content[16384:]
+    assert volume.flushes == 1
+    assert busy.files.serve_some() == 0
+
+
+def test_more_small_writes_than_are_taken_at_once(busy: Kernel, volume: Volume) -> None:
+    asked = [busy.send_write(512 * sector, b"x" * 512) for sector in range(SLOTS + 5)]
+    assert busy.files.serve_some() == SLOTS
+    assert busy.files.serve_some() == 5
+    assert busy.answers() == [(number, 0) for number in asked]
+    assert volume.data[: 512 * (SLOTS + 5)] == b"x" * 512 * (SLOTS + 5)
+
+
+@pytest.mark.parametrize("why", ["elsewhere", "error", "late"])
+def test_small_writes_that_go_one_by_one(busy: Kernel, volume: Volume, why: str) -> None:
+    volume.one_by_one, volume.error = why == "elsewhere", StoreProtected("mine") if why == "error" else None
+    busy.files.lag = (lambda: 0.01) if why == "late" else None
+    asked = [busy.send_write(4096 * block, b"x" * 4096) for block in range(3)]
+    assert busy.files.serve_some() == 3
+    assert volume.at_once == (3 if why == "late" else 0)
+    expected = {"elsewhere": [(number, 0) for number in asked], "error": [(number, errno.EIO) for number in asked]}
+    assert busy.answers() == expected.get(why, [])
+    assert busy.files.refused == (3 if why == "error" else 0)
+    busy.files.acknowledge_late(lambda: False)
+    assert busy.answers() == ([(number, 0) for number in asked] if why == "late" else [])
+
+
+def test_what_is_no_write_to_the_volume_is_not_taken_for_one(busy: Kernel, volume: Volume) -> None:
+    """Lies about lengths, places behind the end, other files: each gets the answer that it gets alone."""
+    cases = [
+        (fuse.IO_IN.pack(0, 0, 100, 0, 0, 0, 0) + b"x", fuse.VOLUME_NODE, errno.EINVAL),
+        (fuse.IO_IN.pack(0, 0, 0, 0, 0, 0, 0), fuse.VOLUME_NODE, 0),
+        (fuse.IO_IN.pack(0, 1 << 63, 4, 0, 0, 0, 0) + b"abcd", fuse.VOLUME_NODE, errno.ENOSPC),
+        (fuse.IO_IN.pack(0, (1 << 64) - 2, 4, 0, 0, 0, 0) + b"abcd", fuse.VOLUME_NODE, errno.ENOSPC),
+        (fuse.IO_IN.pack(0, 0, 4, 0, 0, 0, 0) + b"abcd", 99, errno.EBADF),
+        (fuse.IO_IN.pack(0, 0, 4, 0, 0, 0, 0) + b"abcd", fuse.ROOT_NODE, errno.EBADF),
+    ]
+    for case in (cases, cases[::-1]):
+        asked = [(busy.send(fuse.WRITE, node, body), code) for body, node, code in case]
+        assert busy.files.serve_some() == len(case)
+        assert busy.answers() == asked
+        busy.write(fuse.VOLUME_NODE, SIZE - 4096, b"z" * 4096)
+    assert volume.at_once == 0
+    assert not any(volume.data[:4096])
+    busy.ours.close()
+    with pytest.raises(Unmounted):
+        busy.files.serve_some()
+
+
+def test_what_is_held_back_is_let_out_in_a_quiet_moment(
+    busy: Kernel, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, a while after the last write; what fails is tried again by the next flush, and said in the log."""
+    now = [100.0]
+    monkeypatch.setattr(fuse, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    files = busy.files
+
+    def rest() -> int:
+        now[0] += 0.6
+        files.rest(1.0)
+        return len(volume.let_out_at)
+
+    assert [files.is_at_rest, rest(), rest(), rest(), rest()] == [False, 0, 0, 1, 1]
+    assert files.is_at_rest
+    busy.send_write(0, b"a")
+    busy.send_write(4096, b"b")
+    assert files.serve_some() == 2
+    assert [files.is_at_rest, rest(), rest()] == [False, 1, 1]
+    assert busy.answers()
+    assert busy.write(fuse.VOLUME_NODE, 0, b"c") == (0, 1)
+    volume.error = OSError(errno.EIO, "the disk")
+    assert [rest(), rest(), rest(), rest()] == [1, 1, 2, 2]
+    assert volume.let_out_at[-1] == b"c"
+    assert any("write failed: OSError" in line for line in busy.log)
 
 
 def test_one_who_has_the_volume_for_himself(kernel: Kernel) -> None:
