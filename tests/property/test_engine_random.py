@@ -541,6 +541,27 @@ def test_many_writes_with_two_to_one_block() -> None:
     bench.verify()
 
 
+def test_many_writes_have_their_room() -> None:
+    """What is held has a claim on it: more than is left is refused before it is held."""
+    bench = Bench(14, store=((100, 260),))
+    bench.write(1000 * BLOCK, bench.rng.randbytes(2000 * BLOCK))
+    assert bench.create(~bench.owned)
+    count = bench.engine.room() * 2 // 3
+    assert count > 20
+    held, more = (list(range(first, first + count)) for first in (1000, 2000))
+    bench.write_many([(block * BLOCK, bench.rng.randbytes(BLOCK)) for block in held])
+    assert bench.at_once == 1
+    room = bench.engine.room()
+    data = memoryview(bytes(count * BLOCK))
+    places = np.arange(count) * BLOCK
+    with pytest.raises(VolumeFull):
+        bench.engine.write_many(Writes(np.array(more) * BLOCK, np.full(count, BLOCK), places, data))
+    assert bench.engine.room() >= room - 1
+    bench.verify()
+    bench.reopen()
+    bench.verify()
+
+
 def test_a_block_that_is_held_again_after_its_hold_was_let_out() -> None:
     """The write that fills the hold has it let out first, with the copy that it needs itself."""
     bench = Bench(12)

@@ -75,6 +75,12 @@ class Machine(RuleBasedStateMachine):
         new = np.unpackbits(bitmaps, axis=1, bitorder="little").astype(np.bool_)
         by_row[which] = new | by_row[which] if add else new
 
+    @rule(places=st.lists(st.floats(0, 1), max_size=40))
+    def mark(self, places: list[float]) -> None:
+        positions = np.array([int(place * (self.size - 1)) for place in places], np.int64)
+        self.bits.mark(positions)
+        self.model[positions] = True
+
     @rule()
     def tidy(self) -> None:
         self.bits.tidy()

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,36 @@ def test_large_reads_between_writes(kind: str, run_cli: Cli) -> None:
                     assert buffer[:] == expected[start : start + MIB], f"turn {turn}, at {start}"
                     amount += MIB
                 assert read_by_the_server(top) - before < amount * 3 // 4, "nothing was sent from the image"
+            finally:
+                os.close(handle)
+        finally:
+            run_cli("detach", image)
+
+
+@pytest.mark.system
+def test_a_write_reaches_the_image_in_a_quiet_moment(run_cli: Cli) -> None:
+    """Nobody asks for it to be durable: the image has it soon all the same, so a kill does not take it along."""
+    rng = random.Random(7)
+    with arena() as top:
+        file = rng.randbytes(MIB)
+        image = make_volume(top / "image", "ext4", 64, "-b", "4096", files={"data": file})
+        run_cli("create", image, "one")
+        served = top / "served"
+        served.mkdir()
+        run_cli("attach", image, served)
+        try:
+            handle = os.open(served / "volume", os.O_RDWR | os.O_DIRECT)
+            try:
+                place = (served / "volume").read_bytes().index(file[: 2 * BLOCK])
+                block = mmap.mmap(-1, BLOCK)
+                block[:] = content = rng.randbytes(BLOCK)
+                os.pwrite(handle, block, place)
+                with image.open("rb") as below:
+                    assert os.pread(below.fileno(), BLOCK, place) == file[:BLOCK], "it waits for its copy"
+                    deadline = time.monotonic() + 20
+                    while os.pread(below.fileno(), BLOCK, place) != content:
+                        assert time.monotonic() < deadline, "it is held for ever"
+                        time.sleep(0.1)
             finally:
                 os.close(handle)
         finally:

@@ -73,7 +73,9 @@ class Volume:
     let_out_at: list[bytes] = field(default_factory=list)
 
     def write_many(self, writes: Writes) -> bool:
-        if self.error or self.one_by_one:
+        if self.error:
+            raise self.error
+        if self.one_by_one:
             return False
         for offset, data in writes:
             self.data[offset : offset + len(data)] = data
@@ -384,6 +386,16 @@ def test_more_small_writes_than_are_taken_at_once(busy: Kernel, volume: Volume) 
     assert volume.data[: 512 * (SLOTS + 5)] == b"x" * 512 * (SLOTS + 5)
 
 
+def test_writes_that_are_not_held_are_taken_one_by_one(busy: Kernel, volume: Volume) -> None:
+    """So that the disk has something to do while more come."""
+    volume.holds = False
+    asked = [busy.send_write(512 * sector, b"x" * 512) for sector in range(4)]
+    assert busy.files.serve_some() == 4, "the last one was held"
+    asked += [busy.send_write(512 * sector, b"x" * 512) for sector in range(4, 7)]
+    assert [busy.files.serve_some() for _ in range(4)] == [1, 1, 1, 0]
+    assert busy.answers() == [(number, 0) for number in asked]
+
+
 @pytest.mark.parametrize("why", ["elsewhere", "error", "late"])
 def test_small_writes_that_go_one_by_one(busy: Kernel, volume: Volume, why: str) -> None:
     volume.one_by_one, volume.error = why == "elsewhere", StoreProtected("mine") if why == "error" else None
@@ -404,7 +416,7 @@ def test_what_is_no_write_to_the_volume_is_not_taken_for_one(busy: Kernel, volum
         (fuse.IO_IN.pack(0, 0, 100, 0, 0, 0, 0) + b"x", fuse.VOLUME_NODE, errno.EINVAL),
         (fuse.IO_IN.pack(0, 0, 0, 0, 0, 0, 0), fuse.VOLUME_NODE, 0),
         (fuse.IO_IN.pack(0, 1 << 63, 4, 0, 0, 0, 0) + b"abcd", fuse.VOLUME_NODE, errno.ENOSPC),
-        (fuse.IO_IN.pack(0, (1 << 64) - 2, 4, 0, 0, 0, 0) + b"abcd", fuse.VOLUME_NODE, errno.ENOSPC),
+        *[(fuse.IO_IN.pack(0, (1 << 64) - 2, 4, 0, 0, 0, 0) + b"abcd", fuse.VOLUME_NODE, errno.ENOSPC)] * 2,
         (fuse.IO_IN.pack(0, 0, 4, 0, 0, 0, 0) + b"abcd", 99, errno.EBADF),
         (fuse.IO_IN.pack(0, 0, 4, 0, 0, 0, 0) + b"abcd", fuse.ROOT_NODE, errno.EBADF),
     ]

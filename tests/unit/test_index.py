@@ -124,6 +124,13 @@ class IndexMachine(RuleBasedStateMachine):
         written = set(range(start, start + length))
         self.model = [replace(r, writes=r.writes + 1) if written & set(r.blocks) else r for r in self.model]
 
+    @rule(runs=st.lists(st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, 9)), max_size=9))
+    def write_many(self, runs: list[tuple[int, int]]) -> None:
+        self.index.count_writes(np.array(runs, np.int64).reshape(-1, 2))
+        for start, length in runs:
+            written = set(range(start, start + length))
+            self.model = [replace(r, writes=r.writes + 1) if written & set(r.blocks) else r for r in self.model]
+
     @rule(start=st.integers(0, BLOCKS), length=st.integers(1, BLOCKS))
     def look_up_a_range(self, start: int, length: int) -> None:
         self.index.apply_writes()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import lab
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 from lab import opened
 
-from extsnap.arrays import expand
+from extsnap.arrays import Ints, expand
 from extsnap.blockdev.recording import FaultKind, FaultyDevice, MemoryDevice, OperationKind, RecordingDevice
 from extsnap.errors import DamagedCopy, ExtsnapError, NeedsRecovery
+from extsnap.snapshot.engine import Engine
 from extsnap.snapshot.volume import Volume
+
+CopiesFor = Callable[[Iterable[Ints]], int]
 
 
 def serving(content: bytes) -> tuple[Volume, MemoryDevice]:
@@ -228,6 +232,32 @@ def test_a_restore_that_cannot_be_done_gives_way_to_another(back: str) -> None:
         assert volume.verb("restore", name=safety if target == "two" else "two")["safety"]
         assert {other: volume.open_view(other).pread(0, volume.size) for other in views} == views
         assert not lab.complaint(bytes(device.content))
+
+
+def test_a_restore_that_takes_the_place_of_another_needs_no_room_for_what_it_has() -> None:
+    """Much of what it writes has been copied for the first one: room for the rest is enough, to the block."""
+    then = past()
+    content = stuck(then, then.operations * 3 // 4)
+    exact: list[int] = []
+    for _ in range(2):
+        volume = opened(MemoryDevice(content))
+        engine = volume.require_engine()
+        reserve, copies_for = engine.reserve, engine.copies_for
+
+        def count(needed: Iterable[Ints], copies_for: CopiesFor = copies_for) -> int:
+            exact.append(copies_for(needed))
+            return exact[-1]
+
+        def just_enough(engine: Engine = engine, reserve: Callable[[], int] = reserve) -> int:
+            """What is kept back, in a store that has room for so many copies until the other one is begun."""
+            standing = engine.store.root.restore
+            is_begun = standing is None or standing.target_id != engine.snapshots[0].id
+            return reserve() if is_begun else engine.store.available - engine.blocks_for(exact[0])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "reserve", just_enough) if exact else patch.setattr(engine, "copies_for", count)
+            assert volume.verb("restore", name=safety_of(volume))
+        assert not (lab.unequal(volume.read(0, volume.size), then.base) & then.files).any()
 
 
 def test_a_restore_that_takes_the_place_of_another_is_cut() -> None:
