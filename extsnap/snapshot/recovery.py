@@ -119,12 +119,12 @@ def reconcile(volume: Volume, fs: Filesystem) -> None:
 def accept_outside_write(volume: Volume) -> list[str]:
     """Go on after an outside write: every snapshot of then is marked tainted; returns their names.
 
-    Where the filesystem needs recovery, what is durable is: the mark, then with one header commit the taint and
-    OPEN.  That is an image whose server was killed, which the next command recovers through the write path.
+    Where the filesystem needs recovery, what it leaves is an image whose server was killed: marked and OPEN, which the
+    next command recovers through the write path.
 
     Raises:
         StoreDamaged: The outside write hit the store's own structures.
-        ExtsnapError, OSError: It is not accepted; nothing of it is left in memory.
+        ExtsnapError, OSError: It is not accepted, though the snapshots may be tainted; no more of it is left in memory.
     """
     if not volume.outside_write:
         return []
@@ -137,12 +137,21 @@ def accept_outside_write(volume: Volume) -> list[str]:
 
 
 def _accept(volume: Volume) -> list[str]:
+    """See `accept_outside_write`.
+
+    What is durable when.  The mark ends the search for outside writes, so the taint is true before it.
+     1. one header commit: the taint, and that nothing is hidden; at rest also that the header is not open, and the
+        fingerprint of what is found, which is all of it
+     2. with something to replay: dirty mark on; until then header and fingerprint are those of before
+     3. one header commit: OPEN
+    A crash before 1 leaves the outside write as it was found.  Between 1 and 2 the snapshots are tainted and the
+    outside write is still to be accepted: extsnap replays nothing before that.  After 2 it is accepted: the mark keeps
+    stock tools away, and the next command finds what is to be replayed, with or without OPEN.
+    """
     engine, store = volume.require_engine(), volume.require_store()
     fs, root = volume.filesystem(), store.root
     volume.needs_replay = bool(left_undone(fs))
-    if volume.needs_replay:
-        volume.set_mark(True)
-    else:
+    if not volume.needs_replay:
         try:
             graft.verify(fs, root)
         except ExtsnapError as error:
@@ -151,15 +160,16 @@ def _accept(volume: Volume) -> list[str]:
             ) from error
     tainted = [replace(entry, state=fmt.State.TAINTED) for entry in engine.snapshots]
     taking.write_tables(volume, tainted)
-    store.root.flags &= ~fmt.SlotFlags.OPEN
-    if volume.needs_replay:
-        store.root.flags |= fmt.SlotFlags.OPEN
-    store.root.fingerprint = fingerprint(fs)
+    if not volume.needs_replay:
+        root.flags &= ~fmt.SlotFlags.OPEN
+        root.fingerprint = fingerprint(fs)
     if engine.hidden.changed:
         engine.fold(commit=False)
     store.commit()
     engine.set_snapshots(tainted)
-    volume.outside_write = False
-    if not volume.needs_replay:
+    if volume.needs_replay:
+        volume.open_header()
+    else:
         volume.set_mark(False)
+    volume.outside_write = False
     return [entry.name for entry in tainted]

@@ -141,6 +141,13 @@ def written_outside(recorded: Recorded, volume: Volume, *, journal: bool = False
     assert recorded.volume.outside_write, "an outside write was not noticed"
 
 
+def proven(recorded: Recorded, volume: Volume) -> None:
+    """What a check notes that proves every block of every snapshot: none is tainted, and the next accept is seen."""
+    names = volume.snapshot_names()
+    volume.verb("note_check", damaged=[], sound=names, proven=names)
+    assert not any(entry.state for entry in volume.snapshot_list()), "what is proven whole is tainted"
+
+
 def replayed(recorded: Recorded, volume: Volume) -> None:
     """What is in the journal comes home through the write path."""
     if volume.needs_replay:
@@ -172,6 +179,7 @@ LIFE: list[tuple[str, Action]] = [
     ("end serving again", lambda recorded, volume: volume.end_serving()),
     ("written outside", written_outside),
     ("accept", setting("accept")),
+    ("proven", proven),
     ("written outside, journal", functools.partial(written_outside, journal=True)),
     ("accept, journal", setting("accept")),
     ("replay", replayed),
