@@ -353,8 +353,8 @@ class Server:
                     break
             if not self._over:
                 self._growing.turn()
-            if not self._files.is_at_rest:
-                self._files.rest(_REST_SECONDS)
+                if not self._files.is_at_rest:
+                    self._files.rest(_REST_SECONDS)
             if not self._listening and self._listener is not None:
                 self._make_place()
             if self._waiting:

@@ -119,10 +119,6 @@ class Engine:
         self._copied_bytes = 0  # up to there in the arena
         self._copies = Copies(self)
         self._overwrites_due = False
-        self._sent = 0  # for as many of the held entries the device was told what it can do ahead of the commit
-        self._begun: Ints = np.zeros(
-            (0, 2), np.int64
-        )  # (position, block in the arena) of what is being written already
         self.recovered_batch: Level | None = None
         self.spared = 0
         self._is_own_edit = False
@@ -351,6 +347,8 @@ class Engine:
             return True
         if self._owned.test(needed).any():
             return False
+        if self.vital is not None and len(needed) > self.room() - self.vital.most:
+            return False  # what is kept for metadata is for those of them that are
         at = self._place(len(writes), len(positions) << self._bits, len(needed), [distinct(needed)])
         # Held are all of them, needed or not: which of two to one block is the later one is then decided once.
         for (_, data), position, blocks in zip(writes, start.tolist(), count.tolist(), strict=True):

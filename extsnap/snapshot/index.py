@@ -25,6 +25,7 @@ Crcs = npt.NDArray[np.uint32]
 RUN_MAX = 1024
 #: Records, or checksums, worked on at once where all of them are; as many are whole blocks of the store.
 PART_RECORDS = 1 << 18
+_MOST_NOTES = 1 << 16  # writes that are noted and not counted yet
 #: The write count of a record saturates here.
 WRITES_MAX = 0xFFFFFFFF
 
@@ -194,8 +195,9 @@ class Index:
 
     def __init__(self, levels: list[Level] | None = None) -> None:
         self.levels = [level for level in levels or [] if len(level)]
-        self._written: list[Ints | tuple[tuple[int, int]]] = []
-        self._noted = 0
+        self._written: list[tuple[int, int]] = []
+        self._written_runs: list[Ints] = []
+        self._noted_runs = 0
 
     def __len__(self) -> int:
         return sum(len(level) for level in self.levels)
@@ -258,26 +260,25 @@ class Index:
                 found.append((level, which[hit], record[hit]))
         return found
 
-    def count_writes(self, runs: Ints) -> None:
-        """Note that runs of blocks (int64[n, 2], start and length) were written again; applied in bulk later."""
-        self._written.append(runs)
-        self._noted += len(runs)
-        if self._noted >= 65536:
+    def count_write(self, start: int, length: int) -> None:
+        """Note that ``length`` blocks from ``start`` were written again; applied in bulk later."""
+        self._written.append((start, length))
+        if len(self._written) >= _MOST_NOTES:
             self.apply_writes()
 
-    def count_write(self, start: int, length: int) -> None:
-        """The same for one run."""
-        self._written.append(((start, length),))
-        self._noted += 1
-        if self._noted >= 65536:
+    def count_writes(self, runs: Ints) -> None:
+        """The same for runs of blocks: int64[n, 2], start and length."""
+        self._written_runs.append(runs)
+        self._noted_runs += len(runs)
+        if self._noted_runs >= _MOST_NOTES:
             self.apply_writes()
 
     def apply_writes(self) -> None:
         """Add the noted writes to the counts of the records that they touch."""
-        if not self._written:
+        if not self._written and not self._written_runs:
             return
-        noted = np.concatenate(self._written, dtype=np.int64)
-        self._written, self._noted = [], 0
+        noted = np.concatenate([np.array(self._written, np.int64).reshape(-1, 2), *self._written_runs])
+        self._written, self._written_runs, self._noted_runs = [], [], 0
         for level in self.levels:
             low = np.searchsorted(level.reach, noted[:, 0], "right")
             high = np.searchsorted(level.block, noted[:, 0] + noted[:, 1], "left")

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from lab import BLOCK, Flags, MemoryDevice
 
-from extsnap.arrays import runs_of
+from extsnap.arrays import Ints, runs_of
 from extsnap.blockdev.base import Writes
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
 from extsnap.snapshot import blobs, copies, engine, hidden
@@ -559,6 +559,43 @@ def test_many_writes_have_their_room() -> None:
     assert bench.engine.room() >= room - 1
     bench.verify()
     bench.reopen()
+    bench.verify()
+
+
+class Kept:
+    """What the last of the room is kept for: block 1400 alone, with all that is left."""
+
+    most = 40
+
+    def __init__(self, shift: int) -> None:
+        self._position = 1400 + shift
+
+    def names(self, positions: Ints) -> bool:
+        return self._position in positions.tolist()
+
+    def kept(self, preserve: object, owned: int, room: int) -> int:
+        return self.most
+
+    def count_again(self, rows: int) -> None:
+        """Nothing else is metadata."""
+
+
+def test_many_writes_leave_what_is_kept_for_metadata() -> None:
+    """One of them that is metadata does not let the others in."""
+    bench = Bench(15, store=((100, 260),))
+    bench.write(1000 * BLOCK, bench.rng.randbytes(2000 * BLOCK))
+    assert bench.create(~bench.owned)
+    bench.engine.vital = Kept(bench.engine.shift)  # type: ignore[assignment]
+    blocks = iter(range(1401, 3000))
+    while not bench.refused:
+        bench.write_many([(block * BLOCK, bench.rng.randbytes(BLOCK)) for block in (next(blocks), next(blocks))])
+    assert bench.at_once
+    room, refused = bench.engine.room(), bench.refused
+    assert Kept.most <= room < Kept.most + 8
+    several = [1400, *(next(blocks) for _ in range(9))]
+    bench.write_many([(block * BLOCK, bench.rng.randbytes(BLOCK)) for block in several])
+    assert bench.refused == refused + 9
+    assert bench.engine.room() >= Kept.most - 1, "only the metadata took of it"
     bench.verify()
 
 

@@ -410,6 +410,40 @@ def test_small_writes_that_go_one_by_one(busy: Kernel, volume: Volume, why: str)
     assert busy.answers() == ([(number, 0) for number in asked] if why == "late" else [])
 
 
+@pytest.mark.parametrize("size", [4096, 17408])
+def test_many_writes_are_as_late_as_they_would_be_one_by_one(
+    busy: Kernel, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Asked once what all of them together have used up; an answer that fails makes nobody wait."""
+    monkeypatch.setattr(fuse, "time", SimpleNamespace(monotonic=lambda: 100.0, time=time.time))
+    files, seen = busy.files, [0]
+
+    def lag() -> float:
+        """A millisecond for each kibibyte since it was last asked."""
+        new, seen[0] = bytes(busy.volume.data).count(b"x") - seen[0], bytes(busy.volume.data).count(b"x")
+        return new / 1024 / 1000
+
+    files.lag = lag
+    late = {}
+    for how, first in (("alone", 0), ("at once", 3)):
+        for number in range(first, first + 3):
+            busy.send_write(number * size, b"x" * size)
+            if how == "alone":
+                files.serve_one()
+        if how == "at once":
+            assert files.serve_some() == 3
+        late[how] = [due - 100.0 for due, _, _ in sorted(files._late)]
+        files.acknowledge_late(lambda: False)
+        assert busy.answers()[-1][1] == 0
+    assert late["alone"] == pytest.approx(late["at once"])
+
+    files.lag = lambda: 1 / 0
+    asked = [busy.send_write(number * size, b"x" * size) for number in range(3)]
+    assert files.serve_some() == 3
+    assert busy.answers() == [(number, 0) for number in asked]
+    assert "write failed: ZeroDivisionError" in busy.log[-1]
+
+
 def test_what_is_no_write_to_the_volume_is_not_taken_for_one(busy: Kernel, volume: Volume) -> None:
     """Lies about lengths, places behind the end, other files: each gets the answer that it gets alone."""
     cases = [
@@ -452,9 +486,11 @@ def test_what_is_held_back_is_let_out_in_a_quiet_moment(
     assert files.serve_some() == 2
     assert [files.is_at_rest, rest(), rest()] == [False, 1, 1]
     assert busy.answers()
+    busy.good(fuse.FALLOCATE, fuse.VOLUME_NODE, fuse.FALLOCATE_IN.pack(0, 100, 50, 3, 0))
+    assert [files.is_at_rest, rest(), rest(), rest()] == [False, 1, 1, 2]
     assert busy.write(fuse.VOLUME_NODE, 0, b"c") == (0, 1)
     volume.error = OSError(errno.EIO, "the disk")
-    assert [rest(), rest(), rest(), rest()] == [1, 1, 2, 2]
+    assert [rest(), rest(), rest(), rest()] == [2, 2, 3, 3]
     assert volume.let_out_at[-1] == b"c"
     assert any("write failed: OSError" in line for line in busy.log)
 
