@@ -360,13 +360,13 @@ def delete(volume: Volume, names: list[str], *, dropped: bool = False) -> int:
 
 
 def give_up_all(volume: Volume) -> None:
-    """Delete all snapshots of a store whose records are lost, with one header commit; the mark goes on and stays.
+    """Delete all snapshots of a store whose records are lost, with one header commit.
 
-    A crash before the commit leaves all as it was, after it a store without snapshots.
+    A crash before the commit leaves all as it was, after it a store without snapshots.  There is no mark meanwhile: a
+    marked volume without its records is opened for writing by nobody, not even for this.
     """
     require_clean(volume.filesystem(), volume.name)
     store = volume.require_store()
-    volume.set_mark(True)
     store.root.counting = 0
     for kind, key in list(store.root.blobs):
         store.drop_blob(fmt.BlobKind(kind), key)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from lab import BLOCK, MemoryDevice
 
+from extsnap.blockdev.recording import EVERYTHING, NOTHING, Cuts, RecordingDevice
 from extsnap.errors import DamagedCopy, StoreDamaged
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import parts
@@ -39,8 +40,8 @@ class Made:
     key: int
 
 
-def opened(content: bytes | bytearray | MemoryDevice, *, writable: bool = False) -> Volume:
-    device = content if isinstance(content, MemoryDevice) else MemoryDevice(content)
+def opened(content: bytes | bytearray | MemoryDevice | RecordingDevice, *, writable: bool = False) -> Volume:
+    device = MemoryDevice(content) if isinstance(content, bytes | bytearray) else content
     return lab.opened(device, writable=writable)
 
 
@@ -187,6 +188,30 @@ def test_a_strip_of_what_is_lost_in_part(made: Made) -> None:
     assert opened(device, writable=True).verb("strip")["snapshots"] == 3
     assert not lab.complaint(device.content)
     assert opened(device).store is None
+
+
+@pytest.mark.parametrize("what", ["a part", "all"])
+def test_a_strip_of_what_is_lost_is_cut(made: Made, what: str) -> None:
+    """All is as it was, and the next strip works, or there are no snapshots any more."""
+    medium = damaged(made, (INDEX, 0, 0), (INDEX, 0, 1))
+    if what == "all":
+        store = opened(made.content).require_store()
+        for copy in range(2):
+            blocks = store.physical(store.blob_blocks(fmt.BlobKind.MASKS, 0, copy))
+            medium[int(blocks[0]) * BLOCK] ^= 1
+    device = RecordingDevice(MemoryDevice(medium))
+    assert opened(device, writable=True).verb("strip")["snapshots"] == 3
+    cuts = Cuts(medium, device.log)
+    left = []
+    for point in range(len(device.log) + 1):
+        for seed in (NOTHING, EVERYTHING, point):
+            again = MemoryDevice(bytes(cuts.state(point, seed).content))
+            volume = opened(again, writable=True)
+            left.append(len(volume.snapshot_list()))
+            assert volume.verb("strip")["snapshots"] == left[-1]
+            assert opened(again).store is None
+            assert not lab.complaint(again.content)
+    assert set(left) == {0, 3}
 
 
 @pytest.mark.parametrize("kind", [INDEX, CRCS])
