@@ -9,8 +9,9 @@ The served directory is small and fixed::
 
 One request is one ``readv``, one positioned read or write of the volume, and one ``writev``; the
 buffers are allocated once and page-aligned.  A large read of what stands in the image as it is goes through
-a pipe instead and is not copied here (`extsnap.serve.splice`).  ``linux/fuse.h`` is the specification;
-structures keep its field order, in the byte order of the host.
+a pipe instead and is not copied here (`extsnap.serve.splice`).  While the volume holds small writes, all requests that
+wait are taken first, each into a slot (`extsnap.serve.slots`), and writes that follow each other are made together.
+``linux/fuse.h`` is the specification; structures keep its field order, in the byte order of the host.
 
 *Caching.*  Names and attributes have timeouts of zero, so a snapshot appears and vanishes at once.
 (``volume`` alone keeps its attributes where the kernel delays writes: it would ask for them before each.)  A
@@ -29,8 +30,8 @@ it goes to a `Scratch`, so a flush of it has nothing to do, and it neither begin
 is refused where that cannot be written.  One over the base volume is for those who look at it: the volume is not
 opened for writing meanwhile.
 
-*Turns.*  ``serve_one`` handles one request and returns: the caller decides what happens between two
-requests, and nothing here starts a thread or touches the mount from above.
+*Turns.*  ``serve_one`` handles one request and returns, ``serve_some`` a few: the caller decides what happens between
+two calls, and nothing here starts a thread or touches the mount from above.
 """
 
 from __future__ import annotations
