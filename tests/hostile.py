@@ -324,7 +324,7 @@ class Choices:
     @property
     def left(self) -> int:
         """How many bytes are left."""
-        return len(self._data) - self._at
+        return max(0, len(self._data) - self._at)
 
     def take(self, count: int) -> bytes:
         """The next bytes."""
