@@ -377,6 +377,8 @@ class FuseFiles:
     def close(self) -> None:
         """Close the views that are still open (after the end of the connection)."""
         self._splice.close()
+        self._slots.close()
+        self._head = self._data = memoryview(b"")
         for number, layer in list(self._layers.items()):
             layer.wanted, layer.opens = False, 0
             self._end_layer(number)

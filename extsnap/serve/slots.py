@@ -78,3 +78,8 @@ class Slots:
     def places(self, first: int, count: int) -> tuple[Ints, memoryview]:
         """Where in a buffer the data of some slots begins, and the buffer."""
         return self._starts[first : first + count], self._memory
+
+    def close(self) -> None:
+        """Let go of the memory; nothing is taken any more."""
+        self.heads, self.data, self._buffers = [], [], []
+        self._rows, self._memory = np.zeros((0, 0), np.uint8), memoryview(b"")
