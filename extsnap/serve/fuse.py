@@ -86,7 +86,7 @@ OPEN_IN = struct.Struct("=II")  # flags, open_flags
 OPEN_OUT = struct.Struct("=QII")  # fh, open_flags, padding
 IO_IN = struct.Struct("=QQIIQII")  # fuse_read_in, fuse_write_in: fh, offset, size, ...
 WRITE_OUT = struct.Struct("=II")
-# A whole WRITE without its data, and its answer, as rows of tables.
+# A whole WRITE without its data, as a row of a table.
 WRITE_HEAD = np.dtype(
     {
         "names": ["length", "opcode", "unique", "node", "pid", "offset", "size"],
@@ -95,7 +95,6 @@ WRITE_HEAD = np.dtype(
         "itemsize": IN_HEADER.size + IO_IN.size,
     }
 )
-WRITE_ANSWER = np.dtype([("length", "=u4"), ("error", "=i4"), ("unique", "=u8"), ("size", "=u4"), ("padding", "=u4")])
 RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 FORGET_IN = struct.Struct("=Q")
@@ -645,18 +644,12 @@ class FuseFiles:
         ends = offsets + sizes
         self._ends.extend(ends.tolist())
         self._heads.extend(ends[(offsets % mmap.PAGESIZE != 0) | (sizes == self._max_write)].tolist())
-        if delay := self._delay():  # of all of them together
-            for unique, size in zip(heads["unique"].tolist(), sizes.tolist(), strict=True):
-                self._acknowledge_late(unique, size, delay / len(heads))
-            return True
-        answers = np.zeros(len(heads), WRITE_ANSWER)
-        answers["length"], answers["unique"], answers["size"] = WRITE_ANSWER.itemsize, heads["unique"], sizes
-        raw, size = answers.tobytes(), WRITE_ANSWER.itemsize
-        for index, unique in enumerate(heads["unique"].tolist()):
-            try:
-                os.write(self._fd, raw[index * size : (index + 1) * size])
-            except OSError as error:
-                self._not_taken(unique, error)
+        delay = self._delay() / len(heads)  # it is that of all of them together
+        for unique, size in zip(heads["unique"].tolist(), sizes.tolist(), strict=True):
+            if delay:
+                self._acknowledge_late(unique, size, delay)
+            else:
+                self._written(unique, size)
         return True
 
     def _write_scratch(self, unique: int, node: int, offset: int, size: int) -> None:

@@ -669,7 +669,7 @@ class Engine:
                 self._copied = self._copied_bytes = 0
                 self._held_cost = 0
                 self._overwrites_due = True
-            self._overwrite()
+            self._overwrite(held)
         except BaseException:
             self.need.set(runs)  # all of it stays held, and so does what is written to it later
             raise
@@ -681,9 +681,9 @@ class Engine:
         self.index.count_writes(runs - np.array([self.shift, 0]))
         self._held, self._held_bytes, self._overwrites_due = [], 0, False
 
-    def _overwrite(self) -> None:
+    def _overwrite(self, held: Ints) -> None:
         """Let the held writes out to the medium: of each block the last one, neighbours in both places joined."""
-        position, count, at = np.array(self._held, np.int64).T
+        position, count, at = held.T
         positions, places = expand(position, count), expand(at >> self._bits, count)
         order = np.argsort(positions, kind="stable")
         positions, places = positions[order], places[order]

@@ -872,8 +872,7 @@ class Volume:
                 self._write(at, piece)
         else:
             self._write(offset, data)
-        if self.engine is not None and self.engine.left < self.look_at:
-            self._look_at_watermarks()
+        self._look_at_watermarks()
 
     def write_many(self, writes: Writes) -> bool:
         """Write the base volume in many places at once, as so many `write` in their order would.
@@ -896,8 +895,7 @@ class Volume:
                 self.vital.examine(offset, data)
         if not engine.write_many(writes):
             return False
-        if engine.left < self.look_at:
-            self._look_at_watermarks()
+        self._look_at_watermarks()
         return True
 
     def _write(self, offset: int, data: Buffer) -> None:
@@ -922,8 +920,7 @@ class Volume:
                 break
             except VolumeFull as refusal:
                 self._drop_for(refusal, offset, min(length, self.size - offset))
-        if self.engine is not None and self.engine.left < self.look_at:
-            self._look_at_watermarks()
+        self._look_at_watermarks()
 
     def _drop_for(self, refusal: VolumeFull, offset: int, length: int) -> None:
         """Make room for a write by deleting snapshots, if that is wanted; raises as `full.make_room`."""
@@ -933,7 +930,9 @@ class Volume:
 
     def _look_at_watermarks(self) -> None:
         """Say once a session that the store fills up; look again when a good part of its room is gone."""
-        engine = self.require_engine()
+        engine = self.engine
+        if engine is None or engine.left >= self.look_at:
+            return
         self.look_at = engine.left - engine.room() // 16
         found = fill(self, engine.blocks_to_preserve())
         if found.watermark is not None and found.watermark not in self.warned:
