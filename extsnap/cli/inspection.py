@@ -46,10 +46,10 @@ def check(
     written again, a snapshot that cannot be read whole is listed as damaged from then on; nothing else is changed.
     """
     with about(image):
-        from extsnap.serve import session
+        from extsnap.serve import checking
 
         with output.progress("checking"):
-            result = session.check(image, list(names or ()), quick, partition=partition)
+            result = checking.check(image, list(names or ()), quick, partition=partition)
     output.notices(result)
     if as_json:
         output.emit_json(result)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -49,6 +50,9 @@ def snapshot_table(result: Mapping[str, Any]) -> Table:
             cells.append(_state(snapshot["state"]))
         cells.append(_text(snapshot["message"]))
         table.add_row(*cells)
+    for column in table.columns:
+        if column.no_wrap:  # has one width: told here, because rich asks every cell for two
+            column.width = max(map(cell_len, map(str, (column.header, *column.cells))))
     return table
 
 

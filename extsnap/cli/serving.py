@@ -67,9 +67,9 @@ def attach(
     They are DIR/volume and DIR/snapshots/NAME, and for a partition DIR/disk: the whole disk around it.
     """
     with about(image):
-        from extsnap.serve import session
+        from extsnap.serve import attaching
 
-        session.attach(image, directory, foreground=foreground, allow_other=allow_other, partition=partition)
+        attaching.attach(image, directory, foreground=foreground, allow_other=allow_other, partition=partition)
     if as_json:
         output.emit_json({"version": 1, "image": image, "directory": directory})
 
@@ -85,9 +85,9 @@ def detach(
 ) -> None:
     """Stop serving a volume, once everything is durable. Refused while it is mounted."""
     with about(target):
-        from extsnap.serve import session
+        from extsnap.serve import attaching
 
-        if not session.detach(target, force=force, partition=partition):
+        if not attaching.detach(target, force=force, partition=partition):
             raise ServerError(
                 f"{target} was not left clean", hint="the next extsnap command that writes recovers the volume"
             )
@@ -111,9 +111,9 @@ def mount(
     """
     require_snapshot(scratch, snapshot)
     with about(image):
-        from extsnap.serve import session
+        from extsnap.serve import mountpoints
 
-        session.mount(
+        mountpoints.mount(
             image, directory, snapshot=snapshot, scratch=scratch, allow_other=allow_other, partition=partition
         )
     if as_json:
@@ -195,10 +195,10 @@ def serve(
     with about(image):
         import os
 
-        from extsnap.serve import nbd, session
+        from extsnap.serve import nbd, offering
 
         address = nbd.Address(socket or "", host, port, os.path.abspath(tls) if tls is not None else "")
-        session.serve(
+        offering.serve(
             image,
             snapshot=snapshot,
             scratch=scratch,
@@ -212,9 +212,9 @@ def serve(
 def umount(directory: Directory, as_json: Json = False, version: Version = False) -> None:
     """Unmount what mount mounted; returns once everything is durable."""
     with about(directory):
-        from extsnap.serve import session
+        from extsnap.serve import mountpoints
 
-        session.umount(directory)
+        mountpoints.umount(directory)
     if as_json:
         output.emit_json({"version": 1, "directory": directory})
 
@@ -258,9 +258,9 @@ def run(
     if not ctx.meta.get(_SEPARATOR):
         raise typer.BadParameter("put -- before the command: extsnap run IMAGE -- CMD...", param_hint="CMD")
     with about(image, status=RUN_FAILED):
-        from extsnap.serve import session
+        from extsnap.serve import running
 
-        status = session.run(image, command, atomic=atomic, ok=statuses, partition=partition)
+        status = running.run(image, command, atomic=atomic, ok=statuses, partition=partition)
     if as_json:
         output.emit_json({"version": 1, "status": status})
     raise typer.Exit(status)

@@ -179,9 +179,9 @@ def restore(
         output.emit_lines([safe(result["safety"])])
     if work_left:
         with output.progress("letting go of what was open"), about(image):
-            from extsnap.serve import session
+            from extsnap.serve import recovering
 
-            session.let_go_of_orphans(image, partition, result["restored"])
+            recovering.let_go_of_orphans(image, partition, result["restored"])
 
 
 def strip(image: Image, partition: Partition = None, as_json: Json = False, version: Version = False) -> None:

@@ -13,11 +13,87 @@ import numpy as np
 
 from extsnap.arrays import distinct, expand
 from extsnap.blockdev.image import ImageFile
-from extsnap.errors import ExtsnapError
+from extsnap.errors import ExtsnapError, NeedsRecovery, StoreDamaged
 from extsnap.ext.filesystem import Filesystem
+from extsnap.ext.locate import Place
 from extsnap.ext.owners import owners_of
-from extsnap.serve import live, moment, remote, tools
+from extsnap.serve import control, live, moment, remote, session, tools
+from extsnap.serve.contract import EngineVolume, load_factory
 from extsnap.serve.control import ControlClient
+from extsnap.serve.session import key_of, place_of
+from extsnap.serve.starting import layer_at_rest, served_for_reading
+
+
+def check(image: str, names: Sequence[str] = (), quick: bool = False, partition: int | None = None) -> dict[str, Any]:
+    """Check the store, the base volume and the views.
+
+    What is damaged is noted in the image, if it can be written: as states of the snapshots, and by writing again what
+    has a whole second copy.  Nothing else is changed.
+
+    Args:
+        image: Path of the image.
+        names: The snapshots to check, or all.
+        quick: Without e2fsck on the views.
+        partition: Number of the partition; None and 0 as `locate` takes them.
+
+    Returns:
+        The object of ``check --json``.  ``e2fsck`` is None where it was not run: for views with ``quick``, and
+        for a base volume in use of which no snapshot could be taken (whose ``ok`` is then None, with a ``skipped``
+        that says why).
+
+    Raises:
+        SnapshotNotFound: A name that is none.
+        NeedsRecovery: The image carries the dirty mark and nobody serves it.
+    """
+    place = place_of(image, partition)
+    served = control.connect(key_of(place))
+    if served is not None:
+        client, hello = served
+        with client:
+            found = selected(remote.check(client, list(names)), names)
+            base = served_base(client, hello["directory"])
+            done = report(found, base, (client, hello["directory"]), client.call("info"), fsck=not quick)
+            note(done, found, lambda **states: client.call("note_check", **states))
+            return done
+    try:
+        with _opened(place, image, writable=False) as at_rest:
+            about = at_rest.verb("info")
+            if at_rest.needs_replay or about.get("marked"):
+                raise NeedsRecovery(
+                    f"{place.name} was not closed cleanly and must be recovered before it can be checked",
+                    hint=f"run extsnap run {place.name} -- e2fsck -fy {{}}",
+                )
+            found = selected(at_rest.verb("check", names=list(names)), names)
+    except StoreDamaged as error:
+        # Not even the list of the snapshots can be read, whatever copy: that is what there is to say.
+        lost = {"store": {"ok": False, "errors": [error.message]}, "snapshots": {}}
+        base = {"e2fsck": None, "ok": None, "skipped": "the store cannot be opened"}
+        if not place.partition:  # a partition can only be seen as a volume through its server
+            base = moment.check_base(image, lambda: contextlib.nullcontext(os.devnull))
+        return report(lost, base, None, {}, fsck=False)
+    damaged = any(entry.get("blocks") for entry in found["snapshots"].values())
+    if not damaged and (quick or not found["snapshots"]) and not place.partition:
+        base = moment.check_base(image, lambda: layer_at_rest(place))
+        done = report(found, base, None, about, fsck=False)
+    else:
+        with served_for_reading(place) as server:
+            # A partition can only be seen as a volume through its server; so can the files of a snapshot.
+            base = moment.check_base(
+                server.file() if place.partition else image, lambda: remote.scratch(server.keeper, server.directory)
+            )
+            done = report(found, base, (server.keeper, server.directory), about, fsck=not quick)
+    if not about.get("outside_write"):
+        note(done, found, lambda **states: _noted(place, image, states))
+    return done
+
+
+def _opened(place: Place, image: str, *, writable: bool) -> EngineVolume:
+    return load_factory(session.FACTORY)(image, writable=writable, partition=place.partition)
+
+
+def _noted(place: Place, image: str, states: dict[str, Any]) -> dict[str, Any]:
+    with _opened(place, image, writable=True) as volume:
+        return volume.verb("note_check", **states)
 
 
 def selected(report: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -34,7 +34,6 @@ import platformdirs
 from extsnap import errors
 from extsnap.blockdev.locks import lock_holder
 from extsnap.errors import ExtsnapError, ImageNotFound, ServerError, VolumeBusy
-from extsnap.serve import clearing, mounting
 
 MAX_REQUEST = 1 << 20
 MAX_ANSWER = 1 << 30
@@ -216,6 +215,8 @@ def clean_up_after(record: Record) -> bool:
     """
     if any(other.directory == record.directory and _lives(other.pid) for _, other in records()):
         return True
+    from extsnap.serve import clearing, mounting
+
     found = mounting.fuse_mount_at(record.directory)
     if found is not None and found.source == record.image:
         if clearing.above(found):
@@ -335,6 +336,8 @@ def _sweep(path: Path) -> None:
 
 def _sweep_private(path: Path) -> None:
     """A private directory that is neither mounted nor held by the client that made it."""
+    from extsnap.serve import mounting
+
     with alone(path.parent):  # between making it and holding it there is a moment
         if not any(mount.point == os.fspath(path) for mount in mounting.mounts()) and _is_free(path):
             path.rmdir()

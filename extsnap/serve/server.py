@@ -43,7 +43,7 @@ from types import FrameType
 from typing import Any
 
 from extsnap.errors import ExtsnapError, ServerError, ToolError, VolumeBusy
-from extsnap.serve import clearing, control, mounting
+from extsnap.serve import clearing, control, loading, mounting
 from extsnap.serve.contract import EngineVolume, load_factory
 from extsnap.serve.disk import Disk
 from extsnap.serve.fuse import FuseFiles, Unmounted
@@ -192,6 +192,7 @@ class Server:
         Raises:
             ExtsnapError, OSError: Nothing stays behind.
         """
+        loading.everything()
         try:
             if self.config.writable and os.geteuid() == 0:
                 # Before the image and its lock are ours: the process must have neither.

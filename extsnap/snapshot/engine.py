@@ -29,6 +29,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +58,10 @@ from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.parts import BYTES_A_RECORD, Lost, table_bytes
 from extsnap.snapshot.root import NO_BLOCKS
 from extsnap.snapshot.store import Store
-from extsnap.snapshot.vital import Vital
 from extsnap.sparsebits import SparseBits
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.vital import Vital
 
 HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384

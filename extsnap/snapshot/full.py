@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Shares of the store that are in use, and what that is called.
 WATERMARKS = ((0.95, "critical"), (0.8, "low"))
+#: Free blocks of the store below which they are looked at: always, never.
+ALWAYS, NEVER = 1 << 62, -1
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,21 @@
-"""The moment of creation: which blocks a snapshot preserves, and the fingerprint of a volume at rest."""
+"""Moments of a volume: which blocks a snapshot taken now preserves, and whether it is what it was at rest."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from extsnap.arrays import Ints
 from extsnap.errors import NeedsRecovery, VolumeDirty
-from extsnap.ext.crash import used_after_crash
 from extsnap.ext.filesystem import Filesystem
+from extsnap.snapshot import format as fmt
+from extsnap.snapshot import hidden
 from extsnap.sparsebits import SparseBits, parts
+
+if TYPE_CHECKING:
+    from extsnap.snapshot.volume import Volume
 
 
 def left_undone(fs: Filesystem) -> str:
@@ -55,7 +60,12 @@ def require_clean(fs: Filesystem, name: str) -> None:
 def in_use(fs: Filesystem, rows: int, row_bytes: int, shift: int, blocks: int, *, crash: bool = False) -> SparseBits:
     """Used blocks by ext's bitmaps, and those that no bitmap covers; arguments as of `preserved`."""
     geometry = fs.geometry
-    found = used_after_crash(fs) if crash else fs.block_bitmaps()
+    if crash:
+        from extsnap.ext.crash import used_after_crash
+
+        found = used_after_crash(fs)
+    else:
+        found = fs.block_bitmaps()
     bits = found.reshaped(rows, row_bytes, 1 if shift else 0)
     bits.set(np.array([[shift, geometry.first_data_block]], np.int64))
     end = rows * row_bytes * 8
@@ -112,3 +122,14 @@ def fingerprint(fs: Filesystem) -> bytes:
         for some in parts(np.arange(bitmaps.rows)):
             digest.update(bitmaps.take(some).data)
     return digest.digest()
+
+
+def detect_outside_write(volume: Volume) -> None:
+    """Find out whether anybody wrote to a volume with snapshots at rest, or took its mark away."""
+    root = volume.require_store().root
+    if not volume.require_engine().snapshots:
+        return
+    is_open = bool(root.flags & fmt.SlotFlags.OPEN)
+    if is_open or (root.fingerprint and fingerprint(volume.filesystem()) != root.fingerprint):
+        volume.outside_write = True
+        hidden.forget(volume.require_engine())  # the base is what the others saw

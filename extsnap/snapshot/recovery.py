@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from extsnap.errors import ExtsnapError, FormatError, StoreDamaged
 from extsnap.ext.filesystem import Filesystem
-from extsnap.snapshot import edit, graft, hidden, taking
+from extsnap.snapshot import edit, graft, taking
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.check import note
-from extsnap.snapshot.moment import fingerprint, left_undone
+from extsnap.snapshot.moment import detect_outside_write, fingerprint, left_undone
 
 if TYPE_CHECKING:
     from extsnap.snapshot.volume import Volume
@@ -30,7 +30,7 @@ def recover(volume: Volume) -> None:
     if engine.lost:
         return
     if not marked:
-        detect_outside_write(volume, is_open)
+        detect_outside_write(volume)
         if engine.lost_parts:
             return  # nothing is written but by a delete of all that are affected, or a strip
         if not volume.outside_write:
@@ -62,15 +62,6 @@ def recover(volume: Volume) -> None:
         volume.settle()
     except FormatError:
         volume.needs_replay = True
-
-
-def detect_outside_write(volume: Volume, is_open: bool) -> None:
-    root = volume.require_store().root
-    if not volume.require_engine().snapshots:
-        return
-    if is_open or (root.fingerprint and fingerprint(volume.filesystem()) != root.fingerprint):
-        volume.outside_write = True
-        hidden.forget(volume.require_engine())  # the base is what the others saw
 
 
 def _require_own_blocks(volume: Volume) -> None:

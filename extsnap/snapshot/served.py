@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from extsnap.blockdev.deferred import Deferred
 from extsnap.errors import ExtsnapError, FormatError, NeedsRecovery, VolumeFull
 from extsnap.snapshot import edit, recovery, taking
-from extsnap.snapshot.full import make_room
+from extsnap.snapshot.full import ALWAYS, NEVER, make_room
 from extsnap.snapshot.growth import Growth, Reserve
 from extsnap.snapshot.medium import Medium
 from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: Room that a repair leaves for new masks and for what its records are rounded up to.
 REPAIR_MARGIN = 8
-#: Free blocks of the store below which the watermarks are looked at: always, never.
-ALWAYS, NEVER = 1 << 62, -1
 
 
 def begin(volume: Volume, *, grow: bool = True, set_up: bool = False, repair: bool = False, live: bool = False) -> None:

@@ -13,14 +13,18 @@ import numpy as np
 
 from extsnap.arrays import bitmap_runs
 from extsnap.errors import ExtsnapError
-from extsnap.snapshot import checksums, edit, recovery, settings, taking
 from extsnap.snapshot import format as fmt
-from extsnap.snapshot.check import check_piece, check_store, note
 from extsnap.snapshot.full import Fill, fill, growth, warning
+from extsnap.snapshot.later import Later
 from extsnap.snapshot.moment import how_to_repair, left_undone, require_clean
 
 if TYPE_CHECKING:
+    from extsnap.snapshot import check as checks
+    from extsnap.snapshot import checksums, edit, recovery, settings, taking
     from extsnap.snapshot.volume import Volume
+else:
+    checks, checksums, edit = map(Later, ("check", "checksums", "edit"))
+    recovery, settings, taking = map(Later, ("recovery", "settings", "taking"))
 
 JSON_VERSION = 1
 _CHECK_SECONDS = 0.1  # for which a server does nothing else
@@ -480,7 +484,7 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False, c
     """
     for name in names or []:
         volume.find(name)
-    findings = check_store(volume, copies=copies)
+    findings = checks.check_store(volume, copies=copies)
     with_errors = fmt.SnapshotFlags.FILESYSTEM_ERRORS
     return {
         "version": JSON_VERSION,
@@ -502,12 +506,12 @@ def check(volume: Volume, names: list[str] | None = None, quick: bool = False, c
 
 def check_copies(volume: Volume, first: int = 0) -> dict[str, Any]:
     """Check records and copies from a block on, for a moment: ``next`` is where to go on, or None at the end."""
-    return {"version": JSON_VERSION, **check_piece(volume, first, seconds=_CHECK_SECONDS)}
+    return {"version": JSON_VERSION, **checks.check_piece(volume, first, seconds=_CHECK_SECONDS)}
 
 
 def note_check(volume: Volume, damaged: list[str], sound: list[str], proven: list[str] | None = None) -> dict[str, Any]:
     """Keep what a check found as states of the snapshots, and mend what has a whole second copy."""
-    found = note(volume, damaged, sound, proven or [])
+    found = checks.note(volume, damaged, sound, proven or [])
     return {"version": JSON_VERSION, "mended": volume.mended + found}
 
 

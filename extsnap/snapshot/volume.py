@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,15 +50,16 @@ from extsnap.errors import (
 from extsnap.ext.filesystem import Filesystem
 from extsnap.ext.locate import Place, locate
 from extsnap.ext.magic import recognise
-from extsnap.snapshot import edit, graft, hidden, limits, recovery, served, taking
 from extsnap.snapshot import format as fmt
+from extsnap.snapshot import graft, hidden, limits
 from extsnap.snapshot.above import Above
 from extsnap.snapshot.engine import Engine
-from extsnap.snapshot.full import fill, make_room, warning
-from extsnap.snapshot.growth import Growth
+from extsnap.snapshot.full import NEVER, fill, make_room, warning
 from extsnap.snapshot.hidden import Hidden
+from extsnap.snapshot.later import Later
 from extsnap.snapshot.medium import SUPERBLOCK_BYTES, Medium, SuperblockState
 from extsnap.snapshot.moment import (
+    detect_outside_write,
     fingerprint,
     how_to_repair,
     in_use,
@@ -68,9 +69,15 @@ from extsnap.snapshot.moment import (
 from extsnap.snapshot.root import Extents, RestoreIntent, Root
 from extsnap.snapshot.store import Store
 from extsnap.snapshot.view import View, ViewFile
-from extsnap.snapshot.vital import Vital
-from extsnap.snapshot.warden import Warden
 from extsnap.sparsebits import SparseBits
+
+if TYPE_CHECKING:
+    from extsnap.snapshot import edit, recovery, served, taking
+    from extsnap.snapshot.growth import Growth
+    from extsnap.snapshot.vital import Vital
+    from extsnap.snapshot.warden import Warden
+else:
+    edit, recovery, served, taking = map(Later, ("edit", "recovery", "served", "taking"))
 
 #: Bytes; a stray seek must not make bitmaps that fill the memory.
 LARGEST_VOLUME = 64 << 40
@@ -167,7 +174,7 @@ class Volume:
         self.above: Above | None = None
         self.copied_before = 0
         self._views: weakref.WeakSet[View] = weakref.WeakSet()
-        self.look_at = served.NEVER  # free blocks of the store below which `write` looks at the watermarks
+        self.look_at = NEVER  # free blocks of the store below which `write` looks at the watermarks
         self.warned: set[str] = set()
         self.needs_replay = False
         self.mended: list[str] = []
@@ -188,7 +195,7 @@ class Volume:
         if writable:
             recovery.recover(self)
         elif self.store is not None and not self.medium.state.mark:
-            recovery.detect_outside_write(self, bool(self.store.root.flags & fmt.SlotFlags.OPEN))
+            detect_outside_write(self)
 
     @classmethod
     def open(

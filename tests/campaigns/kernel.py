@@ -35,7 +35,7 @@ from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.recording import CrashState, Cuts, MemoryDevice, Operation, crash_states
 from extsnap.errors import NeedsRecovery
 from extsnap.ext.locate import locate
-from extsnap.serve import session
+from extsnap.serve import mountpoints, session
 from extsnap.snapshot.volume import Volume
 
 #: Bytes that are overwritten in place: no more than a block of any of the volumes.
@@ -268,7 +268,7 @@ def recording_of(part: str) -> Recording:
         load = _Load(mount, record, rng, names=kind != "ext2")
         created = [0, 0]
         for number in range(2):
-            session.mount(str(image), str(mount))
+            mountpoints.mount(str(image), str(mount))
             try:
                 load.open()
                 try:
@@ -276,7 +276,7 @@ def recording_of(part: str) -> Recording:
                 finally:
                     load.close()
             finally:
-                session.umount(str(mount))
+                mountpoints.umount(str(mount))
             if not number:
                 created[0] = os.stat(record).st_size
                 with recorded_volume(str(image), writable=True) as volume:

@@ -34,7 +34,7 @@ from arena import make_volume
 from campaigns.report import Report
 from campaigns.together_place import ENDS_WITHIN, STALL, Pauses, Place
 from extsnap.errors import SnapshotExists, VolumeBusy
-from extsnap.serve import control, session
+from extsnap.serve import checking, control, session
 
 CLIENTS = 50
 _REQUESTS = 6  # of each that asks properly
@@ -350,7 +350,7 @@ def _ask(
 ) -> None:
     verb = rng.choice(_VERBS)
     if verb == "check":
-        report = session.check(image, quick=True)
+        report = checking.check(image, quick=True)
         assert report["store"]["ok"], report
         return
     with session.open_session(image, writable=verb in ("create", "delete")) as opened:

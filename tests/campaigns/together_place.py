@@ -24,7 +24,8 @@ _RUNTIME = "EXTSNAP_RUNTIME_DIR"
 # Everything is imported before the start, so that two of them meet inside the command and not on the way there.
 _RUNNER = """\
 import os, sys, time
-import extsnap.serve.session, extsnap.snapshot.volume, extsnap.snapshot.restore, extsnap.snapshot.export
+import extsnap.serve.checking, extsnap.serve.mountpoints, extsnap.serve.recovering, extsnap.serve.running
+import extsnap.snapshot.volume, extsnap.snapshot.restore, extsnap.snapshot.export
 import extsnap.cli.snapshots, extsnap.cli.inspection, extsnap.cli.serving, extsnap.cli.transfer
 from extsnap.cli.app import main
 os.write(1, b"r")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from extsnap.cli.app import main
-from extsnap.serve import session
+from extsnap.serve import attaching, checking, mountpoints, offering, running, session
 
 
 @dataclass(frozen=True)
@@ -112,41 +112,41 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
 
     monkeypatch.setattr(session, "open_session", open_session)
     monkeypatch.setattr(
-        session,
+        checking,
         "check",
         lambda image, names, quick, *, partition=None: fake.at(partition).answer(
             "check", image=image, names=names, quick=quick
         ),
     )
     monkeypatch.setattr(
-        session,
+        attaching,
         "attach",
         lambda image, directory, *, partition=None, **options: fake.at(partition).answer(
             "attach", image=image, directory=directory, **options
         ),
     )
     monkeypatch.setattr(
-        session,
+        attaching,
         "detach",
         lambda target, *, force=False, partition=None: fake.at(partition).answer("detach", target=target, force=force),
     )
     monkeypatch.setattr(
-        session,
+        mountpoints,
         "mount",
         lambda image, directory, *, partition=None, **options: fake.at(partition).answer(
             "mount", image=image, directory=directory, **options
         ),
     )
-    monkeypatch.setattr(session, "umount", lambda directory: fake.answer("umount", directory=directory))
+    monkeypatch.setattr(mountpoints, "umount", lambda directory: fake.answer("umount", directory=directory))
 
     def serve(
         image: str, *, ready: Callable[[dict[str, Any]], None], partition: int | None = None, **options: Any
     ) -> None:
         ready(fake.at(partition).answer("serve", image=image, **options))
 
-    monkeypatch.setattr(session, "serve", serve)
+    monkeypatch.setattr(offering, "serve", serve)
     monkeypatch.setattr(
-        session,
+        running,
         "run",
         lambda image, command, *, atomic=False, ok=frozenset({0}), partition=None: fake.at(partition).answer(
             "run", image=image, command=command, atomic=atomic, ok=ok

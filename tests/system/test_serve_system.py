@@ -34,7 +34,7 @@ from extsnap.errors import (
     ToolError,
     VolumeBusy,
 )
-from extsnap.serve import control, mounting, session
+from extsnap.serve import attaching, checking, control, mounting, mountpoints, running, session
 
 pytestmark = [
     pytest.mark.system,
@@ -66,10 +66,10 @@ class Place:
         return self.served / "volume"
 
     def attach(self) -> None:
-        session.attach(str(self.image), str(self.served))
+        attaching.attach(str(self.image), str(self.served))
 
     def detach(self, force: bool = False) -> bool:
-        return session.detach(str(self.served), force=force)
+        return attaching.detach(str(self.served), force=force)
 
     def server_pid(self) -> int:
         found = control.connect(control.image_key(str(self.image)))
@@ -161,7 +161,7 @@ def test_attach_serves_files_and_detach_ends(place: Place) -> None:
     assert found is not None
     assert found.source == str(place.image), "e2fsck and resize2fs refuse the image by this"
     with pytest.raises(VolumeBusy, match="already served"):
-        session.attach(str(place.image), str(place.other))
+        attaching.attach(str(place.image), str(place.other))
     assert place.detach() is True
     assert not alive(pid)
     assert place.calls() == ["begin grow=True", "end clean=True"]
@@ -246,9 +246,9 @@ def test_detach_is_refused_while_someone_stands_in_the_directory(place: Place) -
 
 def test_starting_fails_with_the_volumes_error_and_leaves_nothing(place: Place) -> None:
     with pytest.raises(ImageNotFound):
-        session.attach(str(place.root / "none"), str(place.served))
+        attaching.attach(str(place.root / "none"), str(place.served))
     with pytest.raises(ServerError, match="make the directory first"):
-        session.attach(str(place.image), str(place.root / "none"))
+        attaching.attach(str(place.image), str(place.root / "none"))
     with FakeVolume.open(str(place.image), writable=True), pytest.raises(VolumeBusy, match="locked") as busy:
         place.attach()
     assert busy.value.hint == "wait"
@@ -257,9 +257,9 @@ def test_starting_fails_with_the_volumes_error_and_leaves_nothing(place: Place) 
         place.attach()
     assert mounted_below(place.root) == []
     with pytest.raises(NeedsRecovery, match="refused to serve"):
-        session.mount(str(place.image), str(place.mnt))
+        mountpoints.mount(str(place.image), str(place.mnt))
     with pytest.raises(NeedsRecovery, match="refused to serve"):
-        session.run(str(place.image), ["true"])
+        running.run(str(place.image), ["true"])
 
 
 def test_fusermount3_path(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,8 +435,8 @@ def test_a_killed_server_is_cleaned_up_after(place: Place) -> None:
 
 def test_a_killed_starter_takes_a_private_server_with_it(place: Place) -> None:
     script = (
-        "from extsnap.serve import session; session.FACTORY = 'serve_fakes:FakeVolume.open'; "
-        f"session.run({str(place.image)!r}, ['sleep', '60'])"
+        "from extsnap.serve import running, session; session.FACTORY = 'serve_fakes:FakeVolume.open'; "
+        f"running.run({str(place.image)!r}, ['sleep', '60'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     starter = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True)
@@ -465,7 +465,7 @@ def test_a_marked_image_is_replayed_before_it_is_changed(place: Place) -> None:
         assert commands.volume is not None
         assert commands.volume.needs_replay
     with pytest.raises(NeedsRecovery, match="run"):
-        session.check(str(place.image))
+        checking.check(str(place.image))
     with session.open_session(str(place.image), writable=True) as commands:
         assert commands.volume is not None
         assert not commands.volume.needs_replay
@@ -491,17 +491,17 @@ def test_attach_mount_and_run_replay_too(place: Place) -> None:
     assert place.calls()[-3:] == ["begin grow=False", "end clean=True", "begin grow=True"]
     place.detach()
     crash(place)
-    session.mount(str(place.image), str(place.mnt))
+    mountpoints.mount(str(place.image), str(place.mnt))
     assert (place.mnt / "file").stat().st_size == 100000
-    session.umount(str(place.mnt))
+    mountpoints.umount(str(place.mnt))
     crash(place)
-    assert session.run(str(place.image), ["e2fsck", "-fn", "{}"]) == 0
+    assert running.run(str(place.image), ["e2fsck", "-fn", "{}"]) == 0
     place.fsck()
 
 
 def test_what_e2fsck_p_cannot_recover_names_the_way_out(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     place.mkfs("-O", "^metadata_csum")
-    session.run(str(place.image), ["true"])
+    running.run(str(place.image), ["true"])
     # The root directory claims to be a fifo, and the superblock knows of errors: -p gives up on that.
     for request in ("set_inode_field <2> mode 010755", "set_super_value state 3"):
         sh("debugfs", "-w", "-R", request, str(place.image))
@@ -510,13 +510,13 @@ def test_what_e2fsck_p_cannot_recover_names_the_way_out(place: Place, capfd: pyt
     for action in (
         lambda: session.open_session(str(place.image), writable=True),
         place.attach,
-        lambda: session.mount(str(place.image), str(place.mnt)),
-        lambda: session.run(str(place.image), ["true"], atomic=True),
+        lambda: mountpoints.mount(str(place.image), str(place.mnt)),
+        lambda: running.run(str(place.image), ["true"], atomic=True),
     ):
         with pytest.raises(NeedsRecovery, match=r"e2fsck -fy \{\}"):
             action()
         assert mounted_below(place.root) == []
-    assert session.run(str(place.image), ["e2fsck", "-fy", "{}"]) == 1
+    assert running.run(str(place.image), ["e2fsck", "-fy", "{}"]) == 1
     assert "could not recover" in capfd.readouterr().err
     place.fsck()
     with session.open_session(str(place.image), writable=True):
@@ -530,7 +530,7 @@ def test_what_e2fsck_p_cannot_recover_names_the_way_out(place: Place, capfd: pyt
 def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
     sh("mke2fs", "-q", "-F", "-t", kind, str(place.image))
     image, mnt = str(place.image), place.mnt
-    session.mount(image, str(mnt))
+    mountpoints.mount(image, str(mnt))
     pid = place.server_pid()
     rng = random.Random(7)
     content = {f"dir{i % 5}/file{i}": rng.randbytes(rng.randrange(1, 300_000)) for i in range(60)}
@@ -562,7 +562,7 @@ def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
                 commands.call(verb, **arguments)
         commands.call("delete", names=["live"])
     sums = {name: sha(mnt / name) for name in [*content, "scattered"]}
-    session.umount(str(mnt))
+    mountpoints.umount(str(mnt))
     assert not alive(pid)
     place.fsck()
     assert place.calls()[-1] == "end clean=True"
@@ -577,7 +577,7 @@ def test_kernel_mount_is_durable_and_clean(place: Place, kind: str) -> None:
 
 def test_whoever_unmounts_ends_the_server(place: Place) -> None:
     place.mkfs()
-    session.mount(str(place.image), str(place.mnt))
+    mountpoints.mount(str(place.image), str(place.mnt))
     pid = place.server_pid()
     (place.mnt / "file").write_bytes(b"x" * 12345)
     sh("umount", str(place.mnt))
@@ -585,33 +585,33 @@ def test_whoever_unmounts_ends_the_server(place: Place) -> None:
     place.fsck()
     assert place.calls()[-1] == "end clean=True"
     with pytest.raises(ServerError, match="nothing is mounted"):
-        session.umount(str(place.mnt))
+        mountpoints.umount(str(place.mnt))
 
 
 def test_umount_refuses_what_is_in_use_or_not_ours(place: Place) -> None:
     place.mkfs()
-    session.mount(str(place.image), str(place.mnt))
+    mountpoints.mount(str(place.image), str(place.mnt))
     with (place.mnt / "file").open("wb"), pytest.raises(VolumeBusy, match=f"pid {os.getpid()}"):
-        session.umount(str(place.mnt))
-    session.umount(str(place.mnt))
+        mountpoints.umount(str(place.mnt))
+    mountpoints.umount(str(place.mnt))
     sh("mount", "-t", "tmpfs", "none", str(place.mnt))
     try:
         with pytest.raises(ServerError, match="not mounted by extsnap"):
-            session.umount(str(place.mnt))
+            mountpoints.umount(str(place.mnt))
     finally:
         sh("umount", str(place.mnt))
     place.attach()
     with pytest.raises(ServerError, match="detach"):
-        session.umount(str(place.served))
+        mountpoints.umount(str(place.served))
     place.detach()
 
 
 def test_a_failed_mount_leaves_nothing(place: Place) -> None:
     with pytest.raises(ToolError, match="cannot mount"):
-        session.mount(str(place.image), str(place.mnt))  # holds no filesystem
+        mountpoints.mount(str(place.image), str(place.mnt))  # holds no filesystem
     assert mounted_below(place.root) == []
     with pytest.raises(SnapshotNotFound):
-        session.mount(str(place.image), str(place.mnt), snapshot="none")
+        mountpoints.mount(str(place.image), str(place.mnt), snapshot="none")
     with session.open_session(str(place.image), writable=True) as commands:
         assert commands.served is None
 
@@ -621,23 +621,23 @@ def test_snapshots_and_the_volume_share_a_server(place: Place) -> None:
     image = str(place.image)
     with session.open_session(image, writable=True) as commands:
         commands.call("create", name="empty")
-    session.mount(image, str(place.other), snapshot="empty")
+    mountpoints.mount(image, str(place.other), snapshot="empty")
     pid = place.server_pid()
     assert "begin grow=True" not in place.calls(), "nothing is marked for reading a snapshot"
-    session.mount(image, str(place.mnt))
+    mountpoints.mount(image, str(place.mnt))
     assert place.server_pid() == pid
     assert place.calls()[-1] == "begin grow=True"
     (place.mnt / "new").write_bytes(b"new")
     assert os.listdir(place.other) == ["lost+found"]
     with pytest.raises(OSError):
         (place.other / "x").write_bytes(b"")
-    session.umount(str(place.mnt))
+    mountpoints.umount(str(place.mnt))
     assert alive(pid), "the snapshot is still mounted"
     with session.open_session(image, writable=True) as commands:
         with pytest.raises(VolumeBusy, match=f"snapshot empty is open.*{place.other}"):
             commands.call("delete", names=["empty"])
         commands.call("create", name="second")
-    session.umount(str(place.other))
+    mountpoints.umount(str(place.other))
     assert not alive(pid)
     place.fsck()
 
@@ -645,10 +645,10 @@ def test_snapshots_and_the_volume_share_a_server(place: Place) -> None:
 def test_mount_on_an_attached_image_leaves_its_server(place: Place) -> None:
     place.mkfs()
     place.attach()
-    session.mount(str(place.image), str(place.mnt))
+    mountpoints.mount(str(place.image), str(place.mnt))
     with pytest.raises(VolumeBusy, match=f"mounted at {place.mnt}"):
         place.detach()
-    session.umount(str(place.mnt))
+    mountpoints.umount(str(place.mnt))
     assert place.volume.exists()
     sh("e2fsck", "-fn", str(place.volume))
     assert place.detach() is True
@@ -660,16 +660,16 @@ def test_mount_on_an_attached_image_leaves_its_server(place: Place) -> None:
 def test_run_gives_the_commands_status(place: Place) -> None:
     image = str(place.image)
     place.mkfs()
-    assert session.run(image, ["e2fsck", "-fn", "{}"]) == 0
-    assert session.run(image, ["sh", "-c", 'test -f "$0" && exit 7', "{}"]) == 7
-    assert session.run(image, ["sh", "-c", "kill -9 $$"]) == 128 + 9
-    assert session.run(image, ["no-such-command-here"]) == 127
-    assert session.run(image, ["/etc/passwd"]) == 126
-    assert session.run(image, ["debugfs", "-w", "-R", "mkdir made", "{}"]) == 0
+    assert running.run(image, ["e2fsck", "-fn", "{}"]) == 0
+    assert running.run(image, ["sh", "-c", 'test -f "$0" && exit 7', "{}"]) == 7
+    assert running.run(image, ["sh", "-c", "kill -9 $$"]) == 128 + 9
+    assert running.run(image, ["no-such-command-here"]) == 127
+    assert running.run(image, ["/etc/passwd"]) == 126
+    assert running.run(image, ["debugfs", "-w", "-R", "mkdir made", "{}"]) == 0
     place.fsck()
     assert "made" in sh("debugfs", "-R", "ls -p /", image)
     place.attach()
-    assert session.run(image, ["test", "{}", "=", str(place.volume)]) == 0
+    assert running.run(image, ["test", "{}", "=", str(place.volume)]) == 0
     place.detach()
 
 
@@ -678,18 +678,18 @@ def test_run_atomic(place: Place) -> None:
     image = str(place.image)
     before = sha(place.image)
     write = 'printf broken | dd of="$0" bs=1 seek=2000000 conv=notrunc status=none; exit '
-    assert session.run(image, ["sh", "-c", write + "5", "{}"], atomic=True) == 5
+    assert running.run(image, ["sh", "-c", write + "5", "{}"], atomic=True) == 5
     assert sha(place.image) == before, "restored"
-    assert session.run(image, ["no-such-command-here"], atomic=True) == 127
+    assert running.run(image, ["no-such-command-here"], atomic=True) == 127
     assert sha(place.image) == before
-    assert session.run(image, ["sh", "-c", write + "1", "{}"], atomic=True, ok={0, 1}) == 1
+    assert running.run(image, ["sh", "-c", write + "1", "{}"], atomic=True, ok={0, 1}) == 1
     assert sha(place.image) != before
     with FakeVolume.open(image, writable=False) as volume:
         assert volume.snapshot_names() == []
     with place.image.open("r+b") as file:
         file.write(b"REFUSE THE RESTORE")
     with pytest.raises(ServerError, match=r"status 1.*snapshot auto-\d+ is kept"):
-        session.run(image, ["false"], atomic=True)
+        running.run(image, ["false"], atomic=True)
     with FakeVolume.open(image, writable=False) as volume:
         assert len(volume.snapshot_names()) == 1
 
@@ -697,7 +697,7 @@ def test_run_atomic(place: Place) -> None:
 def test_run_says_when_the_command_left_users_behind(place: Place) -> None:
     command = ["sh", "-c", 'exec 3<"$0"; sleep 60 >/dev/null 2>&1 & echo $! >"$1"', "{}", str(place.root / "pid")]
     with pytest.raises(VolumeBusy, match="stays served"):
-        session.run(str(place.image), command)
+        running.run(str(place.image), command)
     server = place.server_pid()
     os.kill(int((place.root / "pid").read_text()), signal.SIGKILL)
     until(lambda: not alive(server))
@@ -715,7 +715,7 @@ def test_check(place: Place) -> None:
     with session.open_session(image, writable=True) as commands:
         commands.call("create", name="bad")
     sh("debugfs", "-w", "-R", "set_inode_field <2> mode 040755", image)
-    report = session.check(image)
+    report = checking.check(image)
     assert report["version"] == 1
     assert report["ok"] is False
     assert report["base"] == {"e2fsck": 0, "ok": True}
@@ -725,15 +725,15 @@ def test_check(place: Place) -> None:
     assert (bad["name"], bad["ok"]) == ("bad", False)
     assert bad["e2fsck"] & 4
     assert bad["errors"]
-    assert session.check(image, ["good"])["ok"] is True
-    assert session.check(image, quick=True)["ok"] is True
+    assert checking.check(image, ["good"])["ok"] is True
+    assert checking.check(image, quick=True)["ok"] is True
     with pytest.raises(SnapshotNotFound):
-        session.check(image, ["none"])
+        checking.check(image, ["none"])
     place.attach()
-    served = session.check(image)
+    served = checking.check(image)
     assert served == report
     sh("mount", "-o", "loop", str(place.volume), str(place.mnt))
-    mounted = session.check(image, ["good"])
+    mounted = checking.check(image, ["good"])
     assert mounted["base"] == {"e2fsck": 0, "ok": True}
     assert mounted["ok"] is True
     assert [call for call in place.calls() if "check-" in call][-2:] == [
@@ -752,7 +752,7 @@ def _checked(place: Place) -> list[tuple[str, bool]]:
 def test_check_tells_orphans_and_journals_from_damage(place: Place) -> None:
     place.mkfs()
     image = str(place.image)
-    session.mount(image, str(place.mnt))
+    mountpoints.mount(image, str(place.mnt))
     with (place.mnt / "unlinked").open("wb") as held:
         held.write(b"x" * 500_000)
         held.flush()
@@ -764,7 +764,7 @@ def test_check_tells_orphans_and_journals_from_damage(place: Place) -> None:
         (place.mnt / "later").write_bytes(b"z" * 300_000)
         sh("sync", "-f", str(place.mnt))
         crashed = place.image.read_bytes()
-    session.umount(str(place.mnt))
+    mountpoints.umount(str(place.mnt))
     clean = place.image.read_bytes()
     for name, content in (("frozen", frozen), ("crashed", crashed), ("clean", clean)):
         with place.image.open("r+b") as file:
@@ -772,7 +772,7 @@ def test_check_tells_orphans_and_journals_from_damage(place: Place) -> None:
         with FakeVolume.open(image, writable=True) as volume:
             volume.verb("create", name=name)
     assert subprocess.run(["e2fsck", "-fn", image + ".1"], capture_output=True).returncode == 4
-    report = session.check(image)
+    report = checking.check(image)
     assert [(entry["name"], entry["ok"]) for entry in report["snapshots"]] == [
         ("frozen", True), ("crashed", True), ("clean", True),
     ]  # fmt: skip

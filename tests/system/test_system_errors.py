@@ -16,7 +16,7 @@ from arena import arena, make_volume
 
 import extsnap
 from extsnap.errors import VolumeDirty
-from extsnap.serve import session
+from extsnap.serve import checking, running
 
 BLOCK = 1024
 KINDS = {"ext4": ("ext4", ""), "ext4-crc16": ("ext4", "^metadata_csum,uninit_bg"), "ext2": ("ext2", "")}
@@ -58,7 +58,7 @@ def damage(image: Path, what: str, group: int) -> tuple[int, bytes]:
 
 
 def repair(image: Path) -> None:
-    assert session.run(str(image), ["e2fsck", "-fy", "{}"]) in (0, 1)
+    assert running.run(str(image), ["e2fsck", "-fy", "{}"]) in (0, 1)
 
 
 def assert_exact(image: Path, name: str, copy: Path) -> None:
@@ -110,7 +110,7 @@ def test_damaged_groups(kind: str, what: str, group: int, capfd: pytest.CaptureF
             listed = volume.verb("list")["snapshots"]
             assert [entry["filesystem_errors"] for entry in listed] == [True, False]
             volume.delete(["two"])
-        checked = session.check(str(image))
+        checked = checking.check(str(image))
         assert checked["ok"], checked
         assert checked["state"] == "clean"
         assert checked["snapshots"][0]["errors_then"]

@@ -18,7 +18,7 @@ import oracle
 import pytest
 from arena import arena, make_volume
 
-from extsnap.serve import control, mounting, session
+from extsnap.serve import control, mounting, recovering
 from extsnap.serve.freezer import Frozen
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -273,7 +273,7 @@ def test_the_volume_can_be_opened_as_soon_as_orphans_are_gone(run_cli: Cli, monk
         connections: list[control.ControlClient] = []
         try:
             monkeypatch.setattr(control.ControlClient, "close", lambda client: connections.append(client))
-            session.let_go_of_orphans(str(image), None, "one")
+            recovering.let_go_of_orphans(str(image), None, "one")
             # Not one of our children, which may: its parent is gone when it opens the volume.
             said = top / "said"
             opens = f"sleep 0.3; true <{directory / 'volume'}; echo $? >{said}.new; mv {said}.new {said}"
@@ -369,7 +369,7 @@ def test_two_snapshots_at_once(run_cli: Cli, extsnap_program: Path) -> None:
 
 FREEZE = """
 import os, signal, sys
-from extsnap.serve import control, mounting, session
+from extsnap.serve import control, mounting
 from extsnap.serve.freezer import Frozen
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 with Frozen([sys.argv[1]]) as frozen:

@@ -18,7 +18,7 @@ from arena import arena, make_volume
 
 import extsnap
 from extsnap.errors import OutsideWrite
-from extsnap.serve import session
+from extsnap.serve import checking
 from extsnap.snapshot.volume import Volume
 
 BLOCK = 1024
@@ -131,13 +131,13 @@ def test_an_outside_write(action: str, guard: bool) -> None:
             for verb, arguments in (("create", {}), ("delete", {"names": ["old"]}), ("restore", {"name": "old"})):
                 with extsnap.open(image) as volume, pytest.raises(OutsideWrite, match="at risk: 'old', 'new'"):
                     volume.verb(verb, **arguments)
-            session.check(str(image), quick=True)
+            checking.check(str(image), quick=True)
             assert oracle.sha256(image) == left, "before it is accepted nothing is changed"
         differ = changed_blocks(before, image)
         if noticed:
             with extsnap.open(image) as volume:
                 assert volume.verb("accept")["tainted"] == ["old", "new"]
-        report = session.check(str(image), quick=True)
+        report = checking.check(str(image), quick=True)
         states = {}
         for entry in report["snapshots"]:
             name = entry["name"]
@@ -175,7 +175,7 @@ def test_nobody_writes_after_a_kill(action: str) -> None:
         with extsnap.open(killed) as volume:
             assert not volume.outside_write
             assert {entry["state"] for entry in volume.verb("list")["snapshots"]} == {"ok"}
-        assert session.check(str(killed), quick=True)["ok"]
+        assert checking.check(str(killed), quick=True)["ok"]
 
 
 def test_what_heeds_no_mark_after_a_kill_is_found_by_the_checksums() -> None:
@@ -187,6 +187,6 @@ def test_what_heeds_no_mark_after_a_kill_is_found_by_the_checksums() -> None:
         overwrite_at(killed, block)
         with extsnap.open(killed):
             pass
-        for entry in session.check(str(killed), quick=True)["snapshots"]:
+        for entry in checking.check(str(killed), quick=True)["snapshots"]:
             assert entry["blocks"] == [[block, 1]]
             assert entry["files"] == ["/f1"]

@@ -16,7 +16,7 @@ import pytest
 from arena import arena, make_volume
 
 import extsnap
-from extsnap.serve import session
+from extsnap.serve import checking
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -84,7 +84,7 @@ def judge(image: Path, copies: dict[str, Path]) -> None:
     """The base volume is clean by stock e2fsck, every view exact and clean, and the store sound."""
     oracle.assert_clean(image)
     assert_exact(image, copies)
-    assert session.check(str(image), quick=True)["ok"] is True
+    assert checking.check(str(image), quick=True)["ok"] is True
 
 
 @pytest.mark.parametrize("kind", ["ext3", "ext2"])
