@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -56,6 +55,8 @@ def _export_to_stdout(image: str, name: str, partition: int | None) -> None:
                 f"{image}: an image does not belong on a terminal",
                 hint="send it to a file or a pipe: extsnap export IMAGE NAME - > OUT",
             )
+    import tempfile
+
     # A directory of mode 0700: nobody else can put a link where the file will be.
     with tempfile.TemporaryDirectory(prefix="extsnap-") as directory:
         path = os.path.join(directory, "volume")

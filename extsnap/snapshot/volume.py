@@ -32,7 +32,6 @@ import numpy as np
 
 from extsnap.arrays import Ints, expand
 from extsnap.blockdev.base import Buffer, CloningDevice, Device, Writes, where
-from extsnap.blockdev.deferred import Deferred
 from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free, require_unwritten
@@ -72,6 +71,7 @@ from extsnap.snapshot.view import View, ViewFile
 from extsnap.sparsebits import SparseBits
 
 if TYPE_CHECKING:
+    from extsnap.blockdev.deferred import Deferred
     from extsnap.snapshot import edit, recovery, served, taking
     from extsnap.snapshot.growth import Growth
     from extsnap.snapshot.vital import Vital
