@@ -50,6 +50,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from extsnap.arrays import Ints
 from extsnap.blockdev.base import Writes
 from extsnap.blockdev.scratch import Scratch
 from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy, VolumeFull
@@ -645,12 +646,20 @@ class FuseFiles:
         self._ends.extend(ends.tolist())
         self._heads.extend(ends[(offsets % mmap.PAGESIZE != 0) | (sizes == self._max_write)].tolist())
         delay = self._delay() / len(heads)  # it is that of all of them together
-        for unique, size in zip(heads["unique"].tolist(), sizes.tolist(), strict=True):
-            if delay:
+        if delay:
+            for unique, size in zip(heads["unique"].tolist(), sizes.tolist(), strict=True):
                 self._acknowledge_late(unique, size, delay)
-            else:
-                self._written(unique, size)
+        else:
+            self._all_written(heads["unique"], sizes)
         return True
+
+    def _all_written(self, uniques: npt.NDArray[np.uint64], sizes: Ints) -> None:
+        results = self._slots.written(uniques, sizes)
+        for number in np.flatnonzero(results < 0).tolist():
+            code = -int(results[number])
+            self._not_taken(int(uniques[number]), OSError(code, os.strerror(code)))
+        for unique, size in zip(uniques[len(results) :].tolist(), sizes[len(results) :].tolist(), strict=True):
+            self._written(unique, size)
 
     def _write_scratch(self, unique: int, node: int, offset: int, size: int) -> None:
         layer = self._layers.get(node)
