@@ -28,7 +28,7 @@ import lab
 import numpy as np
 from lab import BLOCK, MemoryDevice
 
-from extsnap.blockdev.base import Writes
+from extsnap.blockdev.base import Pieces
 from extsnap.blockdev.overlay import Overlay
 from extsnap.blockdev.partitions import read_table
 from extsnap.errors import ExtsnapError
@@ -626,7 +626,7 @@ class _FuseVolume:
         assert 0 <= offset <= offset + len(data) <= self.size, (offset, len(data))
         self.data[offset : offset + len(data)] = data
 
-    def write_many(self, writes: Writes) -> bool:
+    def write_many(self, writes: Pieces) -> bool:
         for offset, data in writes:
             self.write(offset, data)
         return True

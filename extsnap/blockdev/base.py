@@ -10,10 +10,12 @@ buffering: the durability contract is the one of a disk with a volatile write ca
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from extsnap.arrays import Ints
 
@@ -38,13 +40,13 @@ class ReadableDevice(Protocol):
 
 
 @dataclass(frozen=True)
-class Writes:
-    """Many writes of a device, in their order; they may overlap.
+class Pieces:
+    """Pieces of a device, in their order, each with its place in a buffer: what is read, or written, in many places.
 
     Attributes:
         offsets: int64[n], bytes on the device.
         lengths: int64[n], bytes, none of them 0.
-        at: int64[n], where in the buffer the data of each begins.
+        at: int64[n], where in the buffer each begins.
         buffer: Of bytes.
     """
 
@@ -57,28 +59,33 @@ class Writes:
         return len(self.offsets)
 
     def __iter__(self) -> Iterator[tuple[int, memoryview]]:
-        """(offset, data)."""
+        """(offset, part of the buffer)."""
         for offset, length, at in zip(self.offsets.tolist(), self.lengths.tolist(), self.at.tolist(), strict=True):
             yield offset, self.buffer[at : at + length]
 
+    def some(self, which: npt.NDArray[np.bool_]) -> Pieces:
+        """Those for which ``which`` is true."""
+        return Pieces(self.offsets[which], self.lengths[which], self.at[which], self.buffer)
 
-#: A read that takes longer than this had to wait for the disk.
-_WAITED_SECONDS = 50e-6
 
-
-def read_pieces(device: ReadableDevice, pieces: Sequence[tuple[int, memoryview]]) -> None:
-    """Fill buffers from offsets all over a device, one by one; disks are given all the rest at once when one was slow.
-
-    That is done by the device's ``expect(offset, length)``, if it has one: a hint that a range is read soon.
-    """
-    expect: Any = getattr(device, "expect", None)
-    for index, (offset, buffer) in enumerate(pieces, 1):
-        start = time.perf_counter()
+def read_pieces(device: ReadableDevice, pieces: Pieces) -> None:
+    """Fill pieces from all over a device: by its own ``read_pieces``, if it has one, else one by one."""
+    own: Any = getattr(device, "read_pieces", None)
+    if own is not None:
+        own(pieces)
+        return
+    for offset, buffer in pieces:
         device.readinto(offset, buffer)
-        if expect is not None and time.perf_counter() - start > _WAITED_SECONDS:
-            for later, wanted in pieces[index:]:
-                expect(later, len(wanted))
-            expect = None
+
+
+def write_pieces(device: Device, pieces: Pieces) -> None:
+    """Write pieces all over a device: by its own ``write_pieces``, if it has one, else one by one."""
+    own: Any = getattr(device, "write_pieces", None)
+    if own is not None:
+        own(pieces)
+        return
+    for offset, data in pieces:
+        device.pwrite(offset, data)
 
 
 def where(device: ReadableDevice, offset: int, length: int) -> tuple[int, int] | None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from extsnap.blockdev.base import Buffer, CloningDevice, flush_while, where
+from extsnap.arrays import expand
+from extsnap.blockdev.base import Buffer, CloningDevice, Pieces, flush_while, read_pieces, where, write_pieces
 
 #: What is written again is remembered in pieces of this size.
 PIECE_BYTES = 64 << 10
@@ -55,11 +56,9 @@ class Durable:
         """As the device below."""
         return where(self.below, offset, length)
 
-    def expect(self, offset: int, length: int) -> None:
-        """A hint to the device below, if it takes any."""
-        expect = getattr(self.below, "expect", None)
-        if expect is not None:
-            expect(offset, length)
+    def read_pieces(self, pieces: Pieces) -> None:
+        """Read from the device below."""
+        read_pieces(self.below, pieces)
 
     def _touch(self, offset: int, length: int) -> None:
         first, last = offset >> _BITS, (offset + length - 1) >> _BITS
@@ -72,6 +71,12 @@ class Durable:
         """Write to the device below."""
         self._touch(offset, len(data))
         self.below.pwrite(offset, data)
+
+    def write_pieces(self, pieces: Pieces) -> None:
+        """Write to the device below."""
+        first = pieces.offsets >> _BITS
+        self._written.update(expand(first, ((pieces.offsets + pieces.lengths - 1) >> _BITS) - first + 1).tolist())
+        write_pieces(self.below, pieces)
 
     def punch(self, offset: int, length: int) -> None:
         """Punch the device below."""

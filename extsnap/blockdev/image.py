@@ -17,10 +17,12 @@ import stat
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Literal
 
-from extsnap.blockdev.base import Buffer
+from extsnap.arrays import Ints
+from extsnap.blockdev.base import Buffer, Pieces
 from extsnap.blockdev.early import EarlyWriter
 from extsnap.blockdev.inuse import Span, busy, device_key, file_key
 from extsnap.blockdev.locks import in_words, lock_holder
@@ -29,6 +31,7 @@ from extsnap.errors import ExtsnapError, ImageNotFound, ImageReadOnly, VolumeBus
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _WRITE_EARLY_EVERY = 256 << 10  # bytes; measured: docs/DECISIONS.md
 _CLONE_LEAST = 512 << 10  # bytes; shorter ones are slower than writing: docs/DECISIONS.md
+_WAITED_SECONDS = 50e-6  # a read that takes longer had to wait for the disk
 _LOCK_ATTEMPTS = 4
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")  # struct file_clone_range: src_fd, src_offset, src_length, dest_offset
@@ -229,10 +232,57 @@ class ImageFile:
         """
         return self._descriptor, self._at(offset, length, "reading")
 
-    def expect(self, offset: int, length: int) -> None:
-        """Have the host begin to read a range that is wanted soon; only a hint, whatever becomes of it."""
+    def read_pieces(self, pieces: Pieces) -> None:
+        """Fill pieces one by one; a disk is given all the rest at once when one was slow.
+
+        Raises:
+            OSError: Of the first that cannot be filled, as `readinto`.
+        """
+        waited = False
+        for number, (offset, buffer) in enumerate(self._inside(pieces, "reading"), 1):
+            began = time.perf_counter()
+            try:
+                count = os.preadv(self._descriptor, [buffer], offset + self.start)
+            except OSError:
+                count = 0
+            if count != len(buffer):  # goes on, or says what is wrong
+                self.readinto(offset, buffer)
+            if not waited and time.perf_counter() - began > _WAITED_SECONDS:
+                waited = True
+                self._expect(pieces.offsets[number:] + self.start, pieces.lengths[number:])
+
+    def _expect(self, places: Ints, lengths: Ints) -> None:
+        """Have the host begin to read what is wanted soon; only a hint, whatever becomes of it."""
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._descriptor, offset + self.start, length, os.POSIX_FADV_WILLNEED)
+            for at, length in zip(places.tolist(), lengths.tolist(), strict=True):
+                os.posix_fadvise(self._descriptor, at, length, os.POSIX_FADV_WILLNEED)
+
+    def write_pieces(self, pieces: Pieces) -> None:
+        """Write pieces one by one, in their order.
+
+        Raises:
+            OSError: Of the first that cannot be written, as `pwrite`.
+        """
+        for offset, data in self._inside(pieces, "writing"):
+            try:
+                count = os.pwrite(self._descriptor, data, offset + self.start)
+            except OSError:
+                count = 0
+            if count == len(data):
+                self._early.written(count)
+            else:  # goes on, or says what is wrong
+                self.pwrite(offset, data)
+
+    def _inside(self, pieces: Pieces, operation: str) -> Pieces:
+        """Pieces that are all inside the range.
+
+        Raises:
+            OSError: One is not; nothing was done.
+        """
+        outside = (pieces.offsets < 0) | (pieces.offsets + pieces.lengths + self.start > self._limit)
+        for offset, data in pieces.some(outside):
+            self._at(offset, len(data), operation)
+        return pieces
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write all of ``data``.  Not durable before `flush`.

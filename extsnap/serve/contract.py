@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from extsnap.snapshot.above import Above
 
 if TYPE_CHECKING:
-    from extsnap.blockdev.base import Writes
+    from extsnap.blockdev.base import Pieces
     from extsnap.snapshot.growth import Growth
 
 Buffer = bytes | bytearray | memoryview
@@ -49,7 +49,7 @@ class ServedVolume(Protocol):
 
     def write(self, offset: int, data: Buffer) -> None: ...
 
-    def write_many(self, writes: Writes) -> bool:
+    def write_many(self, writes: Pieces) -> bool:
         """All of them as ``write`` would, in their order; False or an error: they are to be written one by one."""
         ...
 

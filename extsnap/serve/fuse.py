@@ -51,7 +51,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Ints
-from extsnap.blockdev.base import Writes
+from extsnap.blockdev.base import Pieces
 from extsnap.blockdev.scratch import Scratch
 from extsnap.errors import ExtsnapError, StoreProtected, VolumeBusy, VolumeFull
 from extsnap.serve.contract import ServedView, ServedVolume
@@ -636,7 +636,7 @@ class FuseFiles:
         self._dirty = self._touched = True
         self._writes += 1
         try:
-            if not self._volume.write_many(Writes(offsets, sizes, at, buffer)):
+            if not self._volume.write_many(Pieces(offsets, sizes, at, buffer)):
                 return False
         except Exception:  # one by one it is found out which of them that is about, and said
             return False

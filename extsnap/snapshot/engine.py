@@ -45,7 +45,7 @@ from extsnap.arrays import (
     runs_of,
     set_positions,
 )
-from extsnap.blockdev.base import Buffer, Writes, read_pieces, where
+from extsnap.blockdev.base import Buffer, Pieces, where, write_pieces
 from extsnap.errors import DamagedCopy, StoreDamaged, StoreProtected, VolumeFull
 from extsnap.snapshot import blobs, hidden, limits
 from extsnap.snapshot import format as fmt
@@ -329,7 +329,7 @@ class Engine:
             self._hold(position, view[position - offset : end - offset], first, last)
             position = end
 
-    def write_many(self, writes: Writes) -> bool:
+    def write_many(self, writes: Pieces) -> bool:
         """Write whole blocks in many places, as so many `pwrite` in their order would.
 
         Returns:
@@ -344,8 +344,7 @@ class Engine:
         positions = expand(start, count)
         needed = positions[self.need.test(positions)]
         if not len(needed):
-            for offset, data in writes:
-                self.medium.device.pwrite(offset, data)
+            write_pieces(self.medium.device, writes)
             self.index.count_writes(np.stack([start - self.shift, count], axis=1))
             return True
         if self._owned.test(needed).any():
@@ -696,9 +695,7 @@ class Engine:
         first, length = breaks_to_runs(apart, 1 << 62)
         offsets = (positions[first] - self.shift) << self._bits
         lengths = np.minimum(length << self._bits, self.size - offsets)
-        starts = places[first] << self._bits
-        for offset, size, start in zip(offsets.tolist(), lengths.tolist(), starts.tolist(), strict=True):
-            self.medium.pwrite(offset, self._arena[start : start + size])
+        self.medium.write_pieces(Pieces(offsets, lengths, places[first] << self._bits, self._arena))
 
     def missing(self, positions: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
         """uint64[n, words]: by sorted position, the snapshots that preserve it and have no record for it."""
@@ -756,16 +753,12 @@ class Engine:
         """What the medium has in sorted blocks, zeros behind the end of a ragged last one: uint8[n, block_size]."""
         size = self.block_size
         content = np.empty((len(blocks), size), np.uint8)
-        view = content.reshape(-1).data
         first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
-        pieces = []
-        for index, count in zip(first.tolist(), length.tolist(), strict=True):
-            offset = int(blocks[index]) << self._bits
-            end = min(offset + (count << self._bits), self.size)
-            pieces.append((offset, view[index * size : index * size + end - offset]))
+        offsets = blocks[first] << self._bits
+        lengths = np.minimum(length << self._bits, self.size - offsets)
         if len(blocks) and blocks[-1] >= self.size >> self._bits:
             content[-1] = 0
-        read_pieces(self.medium, pieces)
+        self.medium.read_pieces(Pieces(offsets, lengths, first << self._bits, content.reshape(-1).data))
         return content
 
     @property

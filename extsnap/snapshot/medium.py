@@ -17,7 +17,10 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from extsnap.blockdev.base import Buffer, CloningDevice, flush_while, where
+import numpy as np
+import numpy.typing as npt
+
+from extsnap.blockdev.base import Buffer, CloningDevice, Pieces, flush_while, read_pieces, where, write_pieces
 from extsnap.ondisk.checksum import crc32c_raw
 from extsnap.snapshot.format import POINTER_BYTES, POINTER_OFFSET
 
@@ -128,11 +131,25 @@ class Medium:
         """Where in a file this stands as it is seen from above; None where nowhere."""
         return None if self._touched(offset, length) else where(self.device, offset, length)
 
-    def expect(self, offset: int, length: int) -> None:
-        """A hint to the device, if it takes any."""
-        expect = getattr(self.device, "expect", None)
-        if expect is not None:
-            expect(offset, length)
+    def read_pieces(self, pieces: Pieces) -> None:
+        """Read many places as seen from above."""
+        special = self._touching(pieces)
+        for offset, buffer in pieces.some(special):
+            self.readinto(offset, buffer)
+        read_pieces(self.device, pieces.some(~special))
+
+    def write_pieces(self, pieces: Pieces) -> None:
+        """Write many places from above, which do not overlap."""
+        special = self._touching(pieces)
+        for offset, data in pieces.some(special):
+            self.pwrite(offset, data)
+        write_pieces(self.device, pieces.some(~special))
+
+    def _touching(self, pieces: Pieces) -> npt.NDArray[np.bool_]:
+        """bool[n]: which pieces have bytes of a superblock."""
+        offsets = np.array(self.offsets, np.int64)
+        ended = np.searchsorted(offsets + SUPERBLOCK_BYTES, pieces.offsets, "right")
+        return ended < np.searchsorted(offsets, pieces.offsets + pieces.lengths)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write from above: superblocks get the guard, the mark and the pointer, each in one write.

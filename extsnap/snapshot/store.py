@@ -39,7 +39,7 @@ from extsnap.arrays import (
     set_runs,
     test_bits,
 )
-from extsnap.blockdev.base import Buffer, CloningDevice, Device, read_pieces
+from extsnap.blockdev.base import Buffer, CloningDevice, Device, Pieces, read_pieces
 from extsnap.errors import StoreDamaged, UnsupportedFeature, VolumeFull
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import limits
@@ -278,13 +278,9 @@ class Store:
         size = self.block_size
         if out is None:
             out = np.empty((len(logical), size), np.uint8)
-        view = out.reshape(-1).data
         physical = self.physical(logical) if len(logical) else NO_BLOCKS
         first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
-        offsets = (physical[first] * size).tolist()
-        ends = (first + length).tolist()
-        slices = [view[index * size : end * size] for index, end in zip(first.tolist(), ends, strict=True)]
-        read_pieces(self.device, list(zip(offsets, slices, strict=True)))
+        read_pieces(self.device, Pieces(physical[first] * size, length * size, first * size, out.reshape(-1).data))
         return out
 
     def carry(self, extents: Extents) -> None:

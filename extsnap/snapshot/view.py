@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Bits, Ints, bitmap_runs, runs_of
-from extsnap.blockdev.base import read_pieces
+from extsnap.blockdev.base import Pieces
 from extsnap.errors import DamagedCopy, ExtsnapError
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot import limits
@@ -194,16 +194,13 @@ class View:
         engine, size = self.engine, self.engine.block_size
         gap = np.diff(base)
         cuts = np.flatnonzero((gap > GAP_BYTES // size) | (np.diff(blocks[base]) != gap)) + 1
-        view = content.reshape(-1).data
-        pieces = []
-        for first, last in zip(base[[0, *cuts]].tolist(), base[[*(cuts - 1), -1]].tolist(), strict=True):
-            offset = int(blocks[first]) * size
-            length = min((last + 1 - first) * size, engine.size - offset)
-            pieces.append((offset, view[first * size : first * size + length]))
+        first, last = base[np.append(0, cuts)], base[np.append(cuts - 1, -1)]
+        offsets = blocks[first] * size
+        lengths = np.minimum((last + 1 - first) * size, engine.size - offsets)
         end = engine.size // size
         if blocks[base[-1]] >= end:  # the rest of a ragged last block
             content[base[blocks[base] >= end]] = 0
-        read_pieces(engine.medium, pieces)
+        engine.medium.read_pieces(Pieces(offsets, lengths, first * size, content.reshape(-1).data))
 
     def _read_copies(
         self, blocks: Ints, copied: Ints, source: Ints, crcs: npt.NDArray[np.uint32], content: Bits

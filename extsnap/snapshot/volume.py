@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extsnap.arrays import Ints, expand
-from extsnap.blockdev.base import Buffer, CloningDevice, Device, Writes, where
+from extsnap.blockdev.base import Buffer, CloningDevice, Device, Pieces, where
 from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.inuse import require_free, require_unwritten
@@ -881,7 +881,7 @@ class Volume:
             self._write(offset, data)
         self._look_at_watermarks()
 
-    def write_many(self, writes: Writes) -> bool:
+    def write_many(self, writes: Pieces) -> bool:
         """Write the base volume in many places at once, as so many `write` in their order would.
 
         Returns:

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extsnap.arrays import Ints
-from extsnap.blockdev.base import Buffer, Writes
+from extsnap.blockdev.base import Buffer, Pieces
 from extsnap.blockdev.overlay import Overlay
 from extsnap.errors import ExtsnapError, FormatError, StoreProtected
 from extsnap.ext.directory import parse_block
@@ -109,7 +109,7 @@ class Warden:
         nowhere = 1 << 62  # behind the last one
         self._watched = np.array([*self._starts, nowhere]), np.array(self._ends, np.int64)
 
-    def watches(self, writes: Writes) -> bool:
+    def watches(self, writes: Pieces) -> bool:
         """Whether any of the writes has watched bytes, and so has to be judged by itself."""
         starts, ends = self._watched
         return bool((starts[np.searchsorted(ends, writes.offsets, "right")] < writes.offsets + writes.lengths).any())

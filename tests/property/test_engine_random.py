@@ -23,7 +23,7 @@ import pytest
 from lab import BLOCK, Flags, MemoryDevice
 
 from extsnap.arrays import Ints, runs_of
-from extsnap.blockdev.base import Writes
+from extsnap.blockdev.base import Pieces
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeFull
 from extsnap.snapshot import blobs, copies, engine, hidden
 from extsnap.snapshot import format as fmt
@@ -125,7 +125,7 @@ class Bench:
         offsets, lengths = np.array([(offset, len(data)) for offset, data in writes]).T
         buffer = memoryview(b"".join(data for _, data in writes))
         try:
-            done = self.engine.write_many(Writes(offsets, lengths, np.cumsum(lengths) - lengths, buffer))
+            done = self.engine.write_many(Pieces(offsets, lengths, np.cumsum(lengths) - lengths, buffer))
         except VolumeFull:
             done = False
         if not done:
@@ -555,7 +555,7 @@ def test_many_writes_have_their_room() -> None:
     data = memoryview(bytes(count * BLOCK))
     places = np.arange(count) * BLOCK
     with pytest.raises(VolumeFull):
-        bench.engine.write_many(Writes(np.array(more) * BLOCK, np.full(count, BLOCK), places, data))
+        bench.engine.write_many(Pieces(np.array(more) * BLOCK, np.full(count, BLOCK), places, data))
     assert bench.engine.room() >= room - 1
     bench.verify()
     bench.reopen()

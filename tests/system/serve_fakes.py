@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from extsnap.blockdev.base import Writes
+from extsnap.blockdev.base import Pieces
 from extsnap.errors import DamagedCopy, NeedsRecovery, SnapshotExists, SnapshotNotFound, VolumeBusy
 from extsnap.snapshot.above import Above
 
@@ -93,7 +93,7 @@ class FakeVolume:
     def write(self, offset: int, data: memoryview) -> None:
         assert os.pwrite(self._fd, data, offset) == len(data)
 
-    def write_many(self, writes: Writes) -> bool:
+    def write_many(self, writes: Pieces) -> bool:
         for offset, data in writes:
             self.write(offset, data)
         return True

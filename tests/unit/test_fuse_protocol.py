@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from extsnap.blockdev.base import Writes
+from extsnap.blockdev.base import Pieces
 from extsnap.errors import DamagedCopy, StoreProtected, VolumeBusy, VolumeFull
 from extsnap.serve import fuse
 from extsnap.serve.fuse import FuseFiles, Unmounted
@@ -72,7 +72,7 @@ class Volume:
     holds: bool = True
     let_out_at: list[bytes] = field(default_factory=list)
 
-    def write_many(self, writes: Writes) -> bool:
+    def write_many(self, writes: Pieces) -> bool:
         if self.error:
             raise self.error
         if self.one_by_one:

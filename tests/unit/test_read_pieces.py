@@ -6,9 +6,11 @@ import itertools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from extsnap.blockdev import base
+from extsnap.blockdev import image as module
+from extsnap.blockdev.base import Pieces
 from extsnap.blockdev.durable import Durable
 from extsnap.blockdev.image import ImageFile
 from extsnap.snapshot.medium import Medium
@@ -35,8 +37,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def read(path: Path) -> list[bytes]:
     """Through all layers that a volume has below it; the device begins 4,096 bytes into the file."""
     with ImageFile(str(path), start=4096, length=len(CONTENT)) as below:
-        pieces = [(offset, memoryview(bytearray(length))) for offset, length in PLACES]
-        base.read_pieces(Medium(Durable(below)), pieces)
+        offsets, lengths = np.array(PLACES).T
+        pieces = Pieces(offsets, lengths, np.cumsum(lengths) - lengths, memoryview(bytearray(sum(lengths))))
+        Medium(Durable(below)).read_pieces(pieces)
         return [bytes(buffer) for _, buffer in pieces]
 
 
@@ -45,7 +48,7 @@ def test_a_disk_that_is_slow_is_given_the_rest_at_once(
 ) -> None:
     """Once: not again after each slow read."""
     clock = itertools.count(0, 1)
-    monkeypatch.setattr(base.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     assert read(image) == [CONTENT[offset : offset + length] for offset, length in PLACES]
     assert asked == [(4096 + offset, length) for offset, length in PLACES[1:]]
 
@@ -54,7 +57,7 @@ def test_what_is_in_the_cache_is_just_read(
     image: Path, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Telling the host costs as much as reading."""
-    monkeypatch.setattr(base.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 0.0)
     assert read(image) == [CONTENT[offset : offset + length] for offset, length in PLACES]
     assert asked == []
 
@@ -67,5 +70,5 @@ def test_a_hint_that_is_refused_is_no_error(image: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     clock = itertools.count(0, 1)
-    monkeypatch.setattr(base.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     assert read(image)[1] == CONTENT[:512]

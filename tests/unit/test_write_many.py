@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lab import BLOCK, MemoryDevice, opened
 
-from extsnap.blockdev.base import Writes
+from extsnap.blockdev.base import Pieces
 from extsnap.errors import StoreProtected
 from extsnap.snapshot.volume import Volume
 
@@ -22,10 +22,10 @@ def served(kind: str) -> tuple[Volume, MemoryDevice]:
     return volume, device
 
 
-def writes_of(pairs: list[tuple[int, bytes]]) -> Writes:
+def writes_of(pairs: list[tuple[int, bytes]]) -> Pieces:
     lengths = np.array([len(data) for _, data in pairs])
     buffer = memoryview(b"".join(data for _, data in pairs))
-    return Writes(np.array([offset for offset, _ in pairs]), lengths, np.cumsum(lengths) - lengths, buffer)
+    return Pieces(np.array([offset for offset, _ in pairs]), lengths, np.cumsum(lengths) - lengths, buffer)
 
 
 @pytest.mark.parametrize("kind", ["ext2", "ext4"])
