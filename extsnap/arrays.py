@@ -34,6 +34,13 @@ def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
     )
 
 
+def jumps(values: Ints) -> npt.NDArray[np.bool_]:
+    """bool[n]: where a value is not the one before it plus one; true for the first."""
+    found = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1] + 1, out=found[1:])
+    return found
+
+
 def breaks_to_runs(new_run: npt.NDArray[np.bool_], maximum: int) -> tuple[Ints, Ints]:
     """Cut a sequence into runs.
 

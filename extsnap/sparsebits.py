@@ -195,6 +195,18 @@ class SparseBits:
         at = slot * np.int64(self._row_bits) + positions % self._row_bits
         np.bitwise_or.at(self._flat, at >> 3, np.left_shift(1, at & 7).astype(np.uint8))
 
+    def unmark(self, positions: Ints) -> None:
+        """Clear the bits at ``positions``, in any order: as `mark` sets them."""
+        row = positions // self._row_bits
+        slot = self._slot[row]
+        if (slot <= SET).any():
+            self._make_mixed(distinct(row[slot == SET]))
+            slot = self._slot[row]
+            there = slot != CLEAR
+            positions, slot = positions[there], slot[there]
+        at = slot * np.int64(self._row_bits) + positions % self._row_bits
+        np.bitwise_and.at(self._flat, at >> 3, np.left_shift(1, at & 7).astype(np.uint8) ^ 0xFF)
+
     def set(self, runs: Ints, value: bool = True) -> None:
         """Set or clear the bits of ``runs``."""
         runs = runs[runs[:, 1] > 0]

@@ -63,6 +63,19 @@ class Pieces:
         for offset, length, at in zip(self.offsets.tolist(), self.lengths.tolist(), self.at.tolist(), strict=True):
             yield offset, self.buffer[at : at + length]
 
+    def gather(self, buffer: memoryview) -> None:
+        """Copy them into another buffer, one behind the other."""
+        count, length = len(self), int(self.lengths[0])
+        step = int(self.at[1] - self.at[0]) if count > 1 else 0
+        if step > 0 and (self.lengths == length).all() and (self.at[1:] - self.at[:-1] == step).all():
+            rows = np.ndarray((count, length), np.uint8, self.buffer, int(self.at[0]), (step, 1))
+            np.ndarray((count, length), np.uint8, buffer)[:] = rows
+            return
+        end = 0
+        for _, data in self:
+            buffer[end : end + len(data)] = data
+            end += len(data)
+
     def some(self, which: npt.NDArray[np.bool_]) -> Pieces:
         """Those for which ``which`` is true."""
         return Pieces(self.offsets[which], self.lengths[which], self.at[which], self.buffer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, breaks_to_runs, expand, overlap
+from extsnap.arrays import Ints, breaks_to_runs, expand, jumps, overlap
 from extsnap.errors import FormatError
 from extsnap.ondisk.checksum import extent_checksum
 from extsnap.ondisk.extent import (
@@ -242,7 +242,7 @@ def parse_indirect(i_block: bytes, read: ReadBlocks, blocks_count: int, block_si
     blocks, at = np.concatenate(physical), np.concatenate(logical)
     if len(blocks) and (blocks.max() >= blocks_count or blocks.min() < 1):
         raise FormatError("a block lies outside the volume", structure="indirect block")
-    new = (np.diff(at, prepend=-2) != 1) | (np.diff(blocks, prepend=-2) != 1)
+    new = jumps(at) | jumps(blocks)
     first, length = breaks_to_runs(new, 1 << 62)
     mapping = np.zeros(0, np.int64)
     if found:

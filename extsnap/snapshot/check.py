@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, breaks_to_runs, expand
+from extsnap.arrays import Ints, breaks_to_runs, expand, jumps
 from extsnap.errors import ExtsnapError
 from extsnap.snapshot import checksums, graft
 from extsnap.snapshot import format as fmt
@@ -266,7 +266,7 @@ def _damaged(
         bad.append(part[found != records.crcs[crc_at[part]]])
     wrong = np.concatenate(bad)
     wrong = wrong[np.lexsort((blocks[wrong], masks[wrong]))]
-    new = (np.diff(blocks[wrong], prepend=-2) != 1) | (np.diff(masks[wrong].astype(np.int64), prepend=-1) != 0)
+    new = jumps(blocks[wrong]) | (np.diff(masks[wrong].astype(np.int64), prepend=-1) != 0)
     first, length = breaks_to_runs(new, 1 << 62)
     bits = engine.masks.bits()
     entries = volume.snapshot_list()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, breaks_to_runs, expand
+from extsnap.arrays import Ints, breaks_to_runs, expand, jumps
 from extsnap.errors import DamagedCopy, ExtsnapError, StoreDamaged, VolumeFull
 from extsnap.snapshot import edit
 from extsnap.snapshot import format as fmt
@@ -95,7 +95,7 @@ def changed(volume: Volume, entry: fmt.Snapshot) -> Iterator[Ints]:
     stored = _regrouped(store.read_table(KIND, key_of(entry), CRC_DTYPE))
     for part, expected in zip(_parts(runs), stored, strict=True):
         bad = _differing(view, part, expected)
-        first, length = breaks_to_runs(np.diff(bad, prepend=-2) != 1, 1 << 62)
+        first, length = breaks_to_runs(jumps(bad), 1 << 62)
         yield np.stack([bad[first], length], axis=1)
 
 

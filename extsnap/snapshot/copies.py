@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Bits, Ints, breaks_to_runs, filled_rows
+from extsnap.arrays import Bits, Ints, breaks_to_runs, filled_rows, jumps
 from extsnap.blockdev.base import flush_while
 from extsnap.snapshot import format as fmt
 from extsnap.snapshot.index import RUN_MAX, Level
@@ -155,9 +155,9 @@ def records(blocks: Ints, copy: Ints, mask: npt.NDArray[np.uint32], crcs: npt.ND
     """
     filled = copy != fmt.ZERO_COPY
     new = (
-        (np.diff(blocks, prepend=-2) != 1)
+        jumps(blocks)
         | (np.diff(mask.astype(np.int64), prepend=-1) != 0)
-        | np.where(filled, np.diff(copy, prepend=-2) != 1, np.diff(filled.astype(np.int8), prepend=2) != 0)
+        | np.where(filled, jumps(copy), np.diff(filled.astype(np.int8), prepend=2) != 0)
     )
     first, length = breaks_to_runs(new, RUN_MAX)
     return Level(blocks[first], length, copy[first], mask[first], np.zeros(len(first), np.int64), crcs)

@@ -32,6 +32,7 @@ from extsnap.arrays import (
     breaks_to_runs,
     distinct,
     expand,
+    jumps,
     runs_of,
     set_runs,
 )
@@ -442,7 +443,7 @@ def _parse_redo(raw: bytes, block_size: int, engine: Engine) -> list[tuple[int, 
     blocks: Ints = np.frombuffer(raw[8 : 8 + 8 * count], "<u8").astype(np.int64)
     if count and (blocks.min() < 0 or blocks.max() >= engine.blocks):
         raise StoreDamaged("redo: a block lies outside the volume")
-    first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 256)
+    first, length = breaks_to_runs(jumps(blocks), 256)
     body = 8 + 8 * count
     return [
         (int(blocks[index]) * block_size, raw[body + index * block_size : body + (index + run) * block_size])

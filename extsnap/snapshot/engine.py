@@ -42,6 +42,7 @@ from extsnap.arrays import (
     distinct,
     expand,
     filled_rows,
+    jumps,
     runs_of,
     set_positions,
 )
@@ -353,11 +354,10 @@ class Engine:
             return False  # what is kept for metadata is for those of them that are
         at = self._place(len(writes), len(positions) << self._bits, len(needed), [distinct(needed)])
         # Held are all of them, needed or not: which of two to one block is the later one is then decided once.
-        for (_, data), position, blocks in zip(writes, start.tolist(), count.tolist(), strict=True):
-            self._arena[at : at + len(data)] = data
-            self._held.append((position, blocks, at))
-            at += len(data)
-        self._held_bytes = at
+        writes.gather(self._arena[at:])
+        ends = at + np.cumsum(writes.lengths)
+        self._held += zip(start.tolist(), count.tolist(), (ends - writes.lengths).tolist(), strict=True)
+        self._held_bytes = int(ends[-1])
         self._held_cost += len(needed)
         self._special.mark(positions)
         self.need.mark(positions)  # as in `_hold`
@@ -665,9 +665,10 @@ class Engine:
             return
         held = np.array(self._held, np.int64)
         runs = held[:, :2]
+        positions = expand(runs[:, 0], runs[:, 1])
         try:
             if not self._overwrites_due:
-                self.preserve(distinct(expand(runs[:, 0], runs[:, 1])))
+                self.preserve(distinct(positions))
                 self._copied = self._copied_bytes = 0
                 self._held_cost = 0
                 self._overwrites_due = True
@@ -677,8 +678,8 @@ class Engine:
             raise
         if self.hidden.some:
             hidden.revealed(self, runs)
-        self._special.set(runs, False)
-        self._special.set(runs_of(self._superblocks))
+        self._special.unmark(positions)
+        self._special.mark(self._superblocks)
         self._special.tidy(distinct(runs[:, 0] // (self.row_bytes * 8)))
         self.index.count_writes(runs - np.array([self.shift, 0]))
         self._held, self._held_bytes, self._overwrites_due = [], 0, False
@@ -691,7 +692,7 @@ class Engine:
         positions, places = positions[order], places[order]
         last = np.append(positions[1:] != positions[:-1], True)
         positions, places = positions[last], places[last]
-        apart = (np.diff(positions, prepend=-2) != 1) | (np.diff(places, prepend=-2) != 1)
+        apart = jumps(positions) | jumps(places)
         first, length = breaks_to_runs(apart, 1 << 62)
         offsets = (positions[first] - self.shift) << self._bits
         lengths = np.minimum(length << self._bits, self.size - offsets)
@@ -746,14 +747,14 @@ class Engine:
         kept = self._owned.test(positions)
         if self.hidden.some:
             kept |= self.hidden.bits.test(positions)
-        self.need.set(runs_of(positions[~kept]), False)
-        self.need.set(runs_of(self._superblocks))
+        self.need.unmark(positions[~kept])
+        self.need.mark(self._superblocks)
 
     def content(self, blocks: Ints) -> Bits:
         """What the medium has in sorted blocks, zeros behind the end of a ragged last one: uint8[n, block_size]."""
         size = self.block_size
         content = np.empty((len(blocks), size), np.uint8)
-        first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
+        first, length = breaks_to_runs(jumps(blocks), 1 << 62)
         offsets = blocks[first] << self._bits
         lengths = np.minimum(length << self._bits, self.size - offsets)
         if len(blocks) and blocks[-1] >= self.size >> self._bits:

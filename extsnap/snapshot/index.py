@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extsnap.arrays import Ints, breaks_to_runs, expand
+from extsnap.arrays import Ints, breaks_to_runs, expand, jumps
 from extsnap.snapshot.format import RECORD_DTYPE, ZERO_COPY
 
 Crcs = npt.NDArray[np.uint32]
@@ -145,7 +145,7 @@ class Level:
         offset = block - self.block[owner]
         keep = ~drop
         owner, block, offset = owner[keep], block[keep], offset[keep]
-        new = (np.diff(owner, prepend=-1) != 0) | (np.diff(block, prepend=-2) != 1)
+        new = (np.diff(owner, prepend=-1) != 0) | jumps(block)
         first, length = breaks_to_runs(new, RUN_MAX)
         record, shift = owner[first], offset[first]
         copy = np.where(self.copy[record] == ZERO_COPY, ZERO_COPY, self.copy[record] + shift)

@@ -35,6 +35,7 @@ from extsnap.arrays import (
     breaks_to_runs,
     distinct,
     expand,
+    jumps,
     runs_of,
     set_runs,
     test_bits,
@@ -243,11 +244,11 @@ class Store:
         physical = self.physical(logical)
         view = memoryview(data).cast("B")
         size = self.block_size
-        breaks = np.diff(physical, prepend=-2) != 1
+        breaks = jumps(physical)
         which = np.arange(len(physical))
         if source is not None and self.device.clone_least:
             which = np.flatnonzero(~self._cloned(physical, source))
-            breaks = breaks[which] | (np.diff(which, prepend=-2) != 1)
+            breaks = breaks[which] | jumps(which)
         first, length = breaks_to_runs(breaks, 1 << 62)
         for index, count in zip(which[first].tolist(), length.tolist(), strict=True):
             piece = view[index * size : (index + count) * size]
@@ -258,7 +259,7 @@ class Store:
         """bool[n]: the blocks that the host was made to share with their sources; only long runs are tried."""
         done = np.zeros(len(physical), np.bool_)
         size = self.block_size
-        breaks = (np.diff(physical, prepend=-2) != 1) | (np.diff(source, prepend=-2) != 1)
+        breaks = jumps(physical) | jumps(source)
         first, length = breaks_to_runs(breaks, 1 << 62)
         long = (length * size >= self.device.clone_least) & (source[first] >= 0)
         for index, count in zip(first[long].tolist(), length[long].tolist(), strict=True):
@@ -279,7 +280,7 @@ class Store:
         if out is None:
             out = np.empty((len(logical), size), np.uint8)
         physical = self.physical(logical) if len(logical) else NO_BLOCKS
-        first, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
+        first, length = breaks_to_runs(jumps(physical), 1 << 62)
         read_pieces(self.device, Pieces(physical[first] * size, length * size, first * size, out.reshape(-1).data))
         return out
 
@@ -670,7 +671,7 @@ class Store:
         first = position // size
         blocks = np.arange(first, (position + len(raw) + size - 1) // size, dtype=np.int64) + log
         physical = self.physical(blocks)
-        start, length = breaks_to_runs(np.diff(physical, prepend=-2) != 1, 1 << 62)
+        start, length = breaks_to_runs(jumps(physical), 1 << 62)
         for index, count in zip(start.tolist(), length.tolist(), strict=True):
             skip = position % size if index == 0 else 0
             piece = raw[at : at + count * size - skip]
@@ -754,7 +755,7 @@ class Store:
 
 
 def _runs_unsorted(blocks: Ints) -> Ints:
-    first, length = breaks_to_runs(np.diff(blocks, prepend=-2) != 1, 1 << 62)
+    first, length = breaks_to_runs(jumps(blocks), 1 << 62)
     return np.stack([blocks[first], length], axis=1)
 
 
