@@ -694,9 +694,12 @@ class Engine:
         positions, places = positions[last], places[last]
         apart = jumps(positions) | jumps(places)
         first, length = breaks_to_runs(apart, 1 << 62)
-        offsets = (positions[first] - self.shift) << self._bits
-        lengths = np.minimum(length << self._bits, self.size - offsets)
-        self.medium.write_pieces(Pieces(offsets, lengths, places[first] << self._bits, self._arena))
+        self.medium.write_pieces(self._pieces(positions[first] - self.shift, length, places[first], self._arena))
+
+    def _pieces(self, block: Ints, count: Ints, place: Ints, buffer: memoryview) -> Pieces:
+        """Runs of blocks, with their places in a buffer, in blocks; a ragged last block ends where it ends."""
+        offsets = block << self._bits
+        return Pieces(offsets, np.minimum(count << self._bits, self.size - offsets), place << self._bits, buffer)
 
     def missing(self, positions: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
         """uint64[n, words]: by sorted position, the snapshots that preserve it and have no record for it."""
@@ -755,11 +758,9 @@ class Engine:
         size = self.block_size
         content = np.empty((len(blocks), size), np.uint8)
         first, length = breaks_to_runs(jumps(blocks), 1 << 62)
-        offsets = blocks[first] << self._bits
-        lengths = np.minimum(length << self._bits, self.size - offsets)
         if len(blocks) and blocks[-1] >= self.size >> self._bits:
             content[-1] = 0
-        self.medium.read_pieces(Pieces(offsets, lengths, first << self._bits, content.reshape(-1).data))
+        self.medium.read_pieces(self._pieces(blocks[first], length, first, content.reshape(-1).data))
         return content
 
     @property

@@ -81,6 +81,12 @@ class Machine(RuleBasedStateMachine):
         self.bits.mark(positions)
         self.model[positions] = True
 
+    @rule(places=st.lists(st.floats(0, 1), max_size=40))
+    def unmark(self, places: list[float]) -> None:
+        positions = np.array([int(place * (self.size - 1)) for place in places], np.int64)
+        self.bits.unmark(positions)
+        self.model[positions] = False
+
     @rule()
     def tidy(self) -> None:
         self.bits.tidy()
@@ -161,3 +167,16 @@ def test_uniform_rows_take_no_memory() -> None:
         bits.set(np.array([[row * 32768 + 7, 1]]), False)
         bits.set(np.array([[row * 32768, 32768]]))
     assert bits._pool.nbytes < 1 << 18
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_bits_of_whole_rows_are_cleared_one_by_one(value: bool) -> None:
+    """Rows that are all set, all clear, and mixed; a bit named twice."""
+    bits = SparseBits(4, 8)
+    bits.set(np.array([[0, 64 * (1 + 3 * value)], [130, 3]]))
+    model = np.zeros(256, np.bool_)
+    model[bits.positions(0, 256)] = True
+    positions = np.array([5, 63, 5, 64, 131, 191, 192, 255])
+    bits.unmark(positions)
+    model[positions] = False
+    assert bits.positions(0, 256).tolist() == np.flatnonzero(model).tolist()

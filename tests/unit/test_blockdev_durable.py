@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
+from extsnap.blockdev.base import Pieces
 from extsnap.blockdev.durable import PIECE_BYTES, Durable
 from extsnap.blockdev.recording import FaultyDevice, MemoryDevice
 
@@ -23,7 +25,12 @@ def test_what_a_failed_flush_lost_is_written_again(seed: int) -> None:
             offset = rng.randrange(size - 1)
             length = rng.randrange(1, min(size - offset, 2 * PIECE_BYTES) + 1)
             data = bytes(length) if rng.random() < 0.3 else rng.randbytes(length)
-            if any(data):
+            if any(data) and seed % 2:
+                parts = np.array([0, length // 3]), np.array([length // 3, length - length // 3])
+                there = parts[1] > 0
+                at, lengths = parts[0][there], parts[1][there]
+                device.write_pieces(Pieces(offset + at, lengths, at, memoryview(data)))
+            elif any(data):
                 device.pwrite(offset, data)
             else:
                 device.punch(offset, length)

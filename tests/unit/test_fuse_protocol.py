@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from extsnap.blockdev.base import Pieces
@@ -350,9 +351,11 @@ def test_the_rest_of_a_write_that_waits_for_room(kernel: Kernel, monkeypatch: py
     assert kernel.ask(fuse.FSYNC, node, sync)[0] == (0 if comes else errno.ENOSPC)
 
 
-@pytest.fixture
-def busy(kernel: Kernel) -> Kernel:
+@pytest.fixture(params=["in one call", "call by call"])
+def busy(kernel: Kernel, request: pytest.FixtureRequest) -> Kernel:
     """One whose last request was a small write: from here on many are taken at once."""
+    if request.param == "call by call":
+        kernel.files._slots._taking = kernel.files._slots._answering = None
     assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
     assert kernel.write(fuse.VOLUME_NODE, SIZE - 4096, b"z" * 4096) == (0, 4096)
     return kernel
@@ -376,6 +379,60 @@ def test_small_writes_that_wait_are_taken_at_once(busy: Kernel, volume: Volume) 
     assert volume.data[:20480] == content[:12288] + b"n" * 512 + b"m" * 512 + b"n" * 3072 + content[16384:]
     assert volume.flushes == 1
     assert busy.files.serve_some() == 0
+
+
+@pytest.mark.parametrize("made", [0, 1, 4, 5])
+def test_every_write_is_answered_once_however_many_are_at_once(
+    kernel: Kernel, volume: Volume, monkeypatch: pytest.MonkeyPatch, made: int
+) -> None:
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
+    kernel.write(fuse.VOLUME_NODE, SIZE - 4096, b"z" * 4096)
+    slots = kernel.files._slots
+    really = slots.written
+    monkeypatch.setattr(slots, "written", lambda uniques, sizes: really(uniques[:made], sizes[:made]))
+    asked = [kernel.send_write(4096 * block, b"x" * 4096) for block in range(5)]
+    assert kernel.files.serve_some() == 5
+    assert volume.at_once == 5
+    assert kernel.answers() == [(number, 0) for number in asked]
+
+
+def test_a_request_that_comes_while_others_are_asked_for(
+    kernel: Kernel, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between it and those before it, one was asked for that did not wait yet."""
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
+    kernel.write(fuse.VOLUME_NODE, SIZE - 4096, b"z" * 4096)
+    taking = kernel.files._slots._taking
+    assert taking is not None
+    really = taking.run
+    asked = [kernel.send_write(4096 * block, bytes([65 + block]) * 4096) for block in range(5)]
+    monkeypatch.setattr(
+        taking, "run", lambda count, first: np.array([*really(2, 0), -errno.EAGAIN, *really(3, 3), -errno.EAGAIN])
+    )
+    kernel.files.serve_some()
+    assert kernel.answers() == [(number, 0) for number in asked]
+    assert volume.data[: 5 * 4096 : 4096] == b"ABCDE"
+
+
+@pytest.mark.parametrize(("code", "logged"), [(errno.ENOENT, []), (errno.EIO, ["Input/output error"])])
+def test_an_answer_of_many_that_is_not_taken(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, code: int, logged: list[str]
+) -> None:
+    """The asker is gone, or something is wrong: the others have theirs."""
+    assert kernel.open(fuse.VOLUME_NODE, os.O_RDWR)[0] == 0
+    kernel.write(fuse.VOLUME_NODE, SIZE - 4096, b"z" * 4096)
+    answering = kernel.files._slots._answering
+    assert answering is not None
+    monkeypatch.setattr(answering, "run", lambda count: np.array([-code, *[24] * (count - 1)]))
+    asked = [kernel.send_write(4096 * block, b"x" * 4096) for block in range(3)]
+    assert kernel.files.serve_some() == 3
+    assert kernel.answers() == []
+    assert kernel.log == [f"answer to request {asked[0]} was not taken: {what}" for what in logged]
+    monkeypatch.setattr(answering, "run", lambda count: np.array([-errno.ENODEV] * count))
+    kernel.send_write(0, b"x" * 4096)
+    kernel.send_write(0, b"x" * 4096)
+    with pytest.raises(Unmounted):
+        kernel.files.serve_some()
 
 
 def test_more_small_writes_than_are_taken_at_once(busy: Kernel, volume: Volume) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import images
 import lab
+import numpy as np
 import oracle
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from extsnap.blockdev.base import Pieces
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.recording import MemoryDevice, RecordingDevice
 from extsnap.ext.filesystem import Filesystem
@@ -339,3 +342,36 @@ def test_where_it_stands_as_it_is() -> None:
     for offset, length in ((0, 1025), (1024, 1), (2047, 1), (0, 1 << 20)):
         assert medium.where(offset, length) is None
     assert Medium(lab.MemoryDevice(lab.plain_image("ext4"))).where(2048, 1024) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_places_at_once_are_as_one_after_the_other(seed: int) -> None:
+    """Pieces that end or begin where a superblock does, have a part of it, or several; sizes of blocks mixed."""
+    rng = random.Random(seed)
+    content = bytearray(rng.randbytes(64 << 10))
+    at = [PRIMARY_OFFSET, 16384, 40960, 65024 - 512]
+    for offset in at:
+        content[offset : offset + SUPERBLOCK_BYTES] = translate(REAL[seed % len(REAL)], PLAIN)
+    one, many = (Medium(MemoryDevice(bytes(content))) for _ in range(2))
+    for medium in (one, many):
+        medium.set_offsets(at)
+        medium.set_state(SuperblockState(guard=True, mark=True, pointer=POINTER))
+    edges = sorted(
+        {0, len(content), *(edge + near for start in at for edge in (start, start + 1024) for near in (-512, 0, 512))}
+    )
+    cuts = [edge for edge in edges if 0 <= edge <= len(content)]
+    pairs = [pair for pair in itertools.pairwise(cuts) if rng.random() < 0.7]
+    if seed % 2:
+        pairs = [(pairs[0][0], pairs[2][1]), *pairs[3:]]
+    rng.shuffle(pairs)
+    offsets, lengths = np.array([(low, high - low) for low, high in pairs]).T
+    pieces = Pieces(offsets, lengths, np.cumsum(lengths) - lengths, memoryview(bytearray(rng.randbytes(sum(lengths)))))
+    for offset, data in pieces:
+        one.pwrite(offset, data)
+    many.write_pieces(pieces)
+    assert many.device.pread(0, len(content)) == one.device.pread(0, len(content))
+    assert many.pread(0, len(content)) == one.pread(0, len(content))
+    back = Pieces(offsets, lengths, pieces.at, memoryview(bytearray(sum(lengths))))
+    many.read_pieces(back)
+    for offset, data in back:
+        assert bytes(data) == one.pread(offset, len(data))

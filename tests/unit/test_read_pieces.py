@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,36 @@ def test_a_hint_that_is_refused_is_no_error(image: Path, monkeypatch: pytest.Mon
     clock = itertools.count(0, 1)
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     assert read(image)[1] == CONTENT[:512]
+
+
+def test_all_pieces_are_written_and_what_goes_wrong_is_said_as_of_one(image: Path) -> None:
+    offsets, lengths = np.array(PLACES).T
+    data = memoryview(random.Random(1).randbytes(sum(lengths)))
+    pieces = Pieces(offsets, lengths, np.cumsum(lengths) - lengths, data)
+    with ImageFile(str(image), start=4096, length=len(CONTENT), writable=True) as below:
+        below.write_pieces(pieces)
+        for offset, part in pieces:
+            assert below.pread(offset, len(part)) == part
+        outside = Pieces(np.array([0, 1 << 16]), np.array([4096, 512]), np.array([0, 4096]), data)
+        before = below.pread(0, 4096)
+        for call in (below.write_pieces, below.read_pieces):
+            with pytest.raises(OSError, match=r"ing 512 bytes.*69632"):
+                call(Pieces(outside.offsets, outside.lengths, outside.at, memoryview(bytearray(8192))))
+        assert below.pread(0, 4096) == before, "nothing is done where one is outside"
+    with ImageFile(str(image), start=4096, length=len(CONTENT)) as below:
+        with pytest.raises(OSError, match=r"writing 4096 bytes"):
+            below.write_pieces(pieces)
+        image.write_bytes(image.read_bytes()[: 4096 + 6 * 4096])
+        with pytest.raises(OSError, match=r"reading 8192 bytes"):
+            below.read_pieces(Pieces(offsets, lengths, pieces.at, memoryview(bytearray(len(data)))))
+
+
+@pytest.mark.parametrize("at", [[0, 8, 16], [4, 12, 20], [16, 8, 0], [0, 8, 24], [8, 8, 8], [5]])
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [8, 4, 8], [3, 3, 3]])
+def test_pieces_are_gathered_in_their_order(at: list[int], lengths: list[int]) -> None:
+    source = memoryview(bytes(range(40)))
+    pieces = Pieces(np.zeros(len(at), np.int64), np.array(lengths[: len(at)]), np.array(at), source)
+    there = memoryview(bytearray(b"." * 40))
+    pieces.gather(there)
+    expected = b"".join(bytes(source[start : start + length]) for start, length in zip(at, lengths, strict=False))
+    assert bytes(there) == expected.ljust(40, b".")
