@@ -214,7 +214,10 @@ class ImageFile:
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``; see `pread`."""
-        at, done = self._at(offset, len(buffer), "reading"), 0
+        self._read(self._at(offset, len(buffer), "reading"), buffer)
+
+    def _read(self, at: int, buffer: memoryview) -> None:
+        done = 0
         try:
             while done < len(buffer):
                 count = os.preadv(self._descriptor, [buffer[done:] if done else buffer], at + done)
@@ -241,12 +244,7 @@ class ImageFile:
         waited = False
         for number, (offset, buffer) in enumerate(self._inside(pieces, "reading"), 1):
             began = time.perf_counter()
-            try:
-                count = os.preadv(self._descriptor, [buffer], offset + self.start)
-            except OSError:
-                count = 0
-            if count != len(buffer):  # goes on, or says what is wrong
-                self.readinto(offset, buffer)
+            self._read(offset + self.start, buffer)
             if not waited and time.perf_counter() - began > _WAITED_SECONDS:
                 waited = True
                 self._expect(pieces.offsets[number:] + self.start, pieces.lengths[number:])
@@ -264,14 +262,7 @@ class ImageFile:
             OSError: Of the first that cannot be written, as `pwrite`.
         """
         for offset, data in self._inside(pieces, "writing"):
-            try:
-                count = os.pwrite(self._descriptor, data, offset + self.start)
-            except OSError:
-                count = 0
-            if count == len(data):
-                self._early.written(count)
-            else:  # goes on, or says what is wrong
-                self.pwrite(offset, data)
+            self._write(offset + self.start, data)
 
     def _inside(self, pieces: Pieces, operation: str) -> Pieces:
         """Pieces that are all inside the range.
@@ -290,7 +281,9 @@ class ImageFile:
         Raises:
             OSError: Names operation and offset in the file; any part may have been written, nothing outside the range.
         """
-        at = self._at(offset, len(data), "writing")
+        self._write(self._at(offset, len(data), "writing"), data)
+
+    def _write(self, at: int, data: Buffer) -> None:
         try:
             done = os.pwrite(self._descriptor, data, at)
             while done < len(data):

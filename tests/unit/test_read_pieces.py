@@ -106,3 +106,17 @@ def test_pieces_are_gathered_in_their_order(at: list[int], lengths: list[int]) -
     pieces.gather(there)
     expected = b"".join(bytes(source[start : start + length]) for start, length in zip(at, lengths, strict=False))
     assert bytes(there) == expected.ljust(40, b".")
+
+
+def test_what_was_done_in_part_is_gone_on_with(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets, lengths = np.array(PLACES).T
+    data = memoryview(random.Random(1).randbytes(sum(lengths)))
+    at = np.cumsum(lengths) - lengths
+    preadv, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:300]], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:300], at))
+    with ImageFile(str(image), start=4096, length=len(CONTENT), writable=True) as below:
+        below.write_pieces(Pieces(offsets, lengths, at, data))
+        back = memoryview(bytearray(len(data)))
+        below.read_pieces(Pieces(offsets, lengths, at, back))
+        assert back == data
