@@ -30,7 +30,7 @@ from arena import arena, make_volume
 
 from campaigns.recorded import NOTHING, Fsck, repaired
 from campaigns.report import Report
-from extsnap.blockdev.base import Buffer
+from extsnap.blockdev.base import Buffer, Pieces
 from extsnap.blockdev.image import ImageFile
 from extsnap.blockdev.recording import CrashState, Cuts, MemoryDevice, Operation, crash_states
 from extsnap.errors import NeedsRecovery
@@ -74,6 +74,10 @@ class LoggingImage(ImageFile):
     def pwrite(self, offset: int, data: Buffer) -> None:
         super().pwrite(offset, data)
         self._note(b"w", offset, len(data), data)
+
+    def write_pieces(self, pieces: Pieces) -> None:
+        for offset, data in pieces:
+            self.pwrite(offset, data)
 
     def punch(self, offset: int, length: int) -> None:
         super().punch(offset, length)
