@@ -61,6 +61,9 @@ class Batch:
         self._listed, self._told = self._list.ctypes.data, self._events.ctypes.data
         self._context = ctypes.c_ulong(0)
         self._call(setup, ctypes.c_long(count), ctypes.byref(self._context))
+        # Whoever refuses one of them (a filter of system calls) does so now, when nothing is on its way.
+        self._call(self._submit, self._context, ctypes.c_long(0), ctypes.c_void_p(self._listed))
+        self._call(self._get, self._context, ctypes.c_long(0), ctypes.c_long(0), ctypes.c_void_p(self._told), None)
 
     def _call(self, number: ctypes.c_long, *arguments: object) -> int:
         done = int(self._libc.syscall(number, *arguments))

@@ -64,6 +64,8 @@ from extsnap.sparsebits import SparseBits
 if TYPE_CHECKING:
     from extsnap.snapshot.vital import Vital
 
+#: Rows of bits that are looked at after a commit, for those that are all clear by then.
+_FEW_ROWS = 4
 HOLD_BYTES = 32 << 20
 HOLD_ENTRIES = 16384
 #: What a record of one block takes in the index, its checksum included.
@@ -752,6 +754,9 @@ class Engine:
             kept |= self.hidden.bits.test(positions)
         self.need.unmark(positions[~kept])
         self.need.mark(self._superblocks)
+        rows = distinct(positions // (self.row_bytes * 8))
+        if len(rows) <= _FEW_ROWS:  # as where much is written in order: what was the last of a row may be among it
+            self.need.tidy(rows)
 
     def content(self, blocks: Ints) -> Bits:
         """What the medium has in sorted blocks, zeros behind the end of a ragged last one: uint8[n, block_size]."""

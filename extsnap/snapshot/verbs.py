@@ -5,6 +5,7 @@ The command line and the control socket call these by name through `Volume.verb`
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -337,7 +338,7 @@ def info(volume: Volume) -> dict[str, Any]:
     return {
         "version": JSON_VERSION,
         "type": fs.kind,
-        "uuid": str(_uuid(fs.uuid)),
+        "uuid": str(uuid.UUID(bytes=fs.uuid)),
         "label": fs.label,
         "block_size": geometry.block_size,
         "blocks": geometry.blocks_count,
@@ -361,12 +362,6 @@ def info(volume: Volume) -> dict[str, Any]:
         ],
         "notices": _warnings(volume) + _watermark(volume, filled),
     }
-
-
-def _uuid(raw: bytes) -> Any:
-    import uuid
-
-    return uuid.UUID(bytes=raw)
 
 
 def dump(volume: Volume, what: str) -> dict[str, Any]:

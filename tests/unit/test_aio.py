@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -48,6 +49,26 @@ def test_each_call_has_its_result(pair: Pair) -> None:
         batch.run(1)
 
 
+def test_results_that_come_in_parts_and_between_signals(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = np.array([b"123456"] * 5)
+    batch = Batch(pair[1].fileno(), PWRITE, np.full(5, lines.ctypes.data), np.arange(1, 6))
+    really, interrupted = batch._call, [True]
+
+    def call(number: object, *arguments: object) -> int:
+        if number is not batch._get:
+            return really(number, *arguments)  # type: ignore[arg-type]
+        interrupted[0] = not interrupted[0]
+        if not interrupted[0]:
+            raise InterruptedError
+        two = ctypes.c_long(min(2, arguments[1].value))  # type: ignore[attr-defined]
+        return really(batch._get, arguments[0], two, two, *arguments[3:])
+
+    monkeypatch.setattr(batch, "_call", call)
+    assert batch.run(5).tolist() == [1, 2, 3, 4, 5]
+    assert batch.run(2, 3).tolist() == [4, 5]
+    batch.close()
+
+
 def test_none_is_made_on_a_descriptor_that_is_none() -> None:
     lines = np.array([b"one"])
     batch = writing(1 << 20, lines)
@@ -57,13 +78,16 @@ def test_none_is_made_on_a_descriptor_that_is_none() -> None:
     batch.close()
 
 
-@pytest.mark.parametrize("why", ["machine", "refused"])
+@pytest.mark.parametrize("why", ["machine", "setup", "get", "submit"])
 def test_where_it_cannot_be_had_slots_do_without(pair: Pair, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair
     if why == "machine":
         monkeypatch.setattr(aio, "_NUMBERS", {})
     else:  # as a filter of system calls has it
-        monkeypatch.setattr(aio, "_NUMBERS", {os.uname().machine: (9999,) * 4})
+        names = ("setup", "destroy", "get", "submit")
+        numbers = zip(names, aio._NUMBERS[os.uname().machine], strict=True)
+        refused = tuple(9999 if name == why else number for name, number in numbers)
+        monkeypatch.setattr(aio, "_NUMBERS", {os.uname().machine: refused})
     with pytest.raises(OSError):
         writing(theirs.fileno(), np.array([b"one"]))
     slots = Slots(theirs.fileno(), 16, 4096)
@@ -106,6 +130,7 @@ class Scripted:
         ([None, 0], [20, 0]),
         ([None, None], [20, 20]),
         ([-errno.EAGAIN] * 4, []),
+        ([-errno.ENOENT], [0]),
     ],
 )
 def test_what_is_taken_lies_where_it_says(pair: Pair, script: list[int | None], lengths: list[int]) -> None:
@@ -152,4 +177,9 @@ def test_as_many_as_came_are_asked_for_first(pair: Pair) -> None:
             ours.send(bytes([number]) * 20)
         assert slots.take(32) == [20] * waiting
     assert watched.asked == [(0, 2), (0, 2), (2, 30), (0, 32)]
+    answering = slots._answering
     slots.close()
+    for batch in (watched.batch, answering):
+        assert batch is not None
+        with pytest.raises(OSError):  # nothing of it is left
+            batch.run(1)
