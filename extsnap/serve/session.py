@@ -140,4 +140,5 @@ def place_of(image: str, partition: int | None) -> Place:
 
 
 def key_of(place: Place) -> control.ImageKey:
+    """What servers of this volume are known by."""
     return control.image_key(place.path, place.offset)

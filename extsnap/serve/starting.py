@@ -20,6 +20,7 @@ from extsnap.serve.session import key_of
 
 
 def config(place: Place, directory: str, **options: Any) -> ServerConfig:
+    """What a server of this volume in this directory is started with."""
     return ServerConfig(
         image=os.path.realpath(place.path),
         directory=directory,
@@ -31,10 +32,20 @@ def config(place: Place, directory: str, **options: Any) -> ServerConfig:
 
 
 def private(place: Place, **options: Any) -> Private:
+    """Start a server of our own, which ends with its last user.
+
+    Raises:
+        ExtsnapError, OSError: What it could not start for.
+    """
     return Private(lambda directory: config(place, directory, private=True, auto_end=True, **options))
 
 
 def refuse_served(place: Place) -> None:
+    """Refuse a volume that a server has.
+
+    Raises:
+        VolumeBusy: One has; names where.
+    """
     served = control.connect(key_of(place))
     if served is not None:
         client, hello = served
