@@ -518,16 +518,21 @@ def require_free(image: ImageFile, *, serving: bool = False) -> None:
         raise _refusal(image.path, found)
 
 
-def writers(image: ImageFile) -> Iterator[int]:
-    """The processes of extsnap that write these bytes, through this file or device or another one."""
-    locks = list(write_locks())
-    if not locks:
-        return
+def writers(image: ImageFile, *, only_elsewhere: bool = False) -> Iterator[int]:
+    """The processes of extsnap that write these bytes, through this file or device or another one.
+
+    Args:
+        image: The file or device, or range of it.
+        only_elsewhere: Whether a lock of the asker's tells of those through this one.
+    """
     span = Span(image.key, image.start, image.start + image.size if image.is_range else sys.maxsize)
     stack = _Stack(_blocks("/sys", by_name=False), [])
     lowest = [span, *(lower for lower, _ in stack.below(span))]
     same = [reached for lower in lowest for reached in stack.above(lower)]
-    for process, status, start, end in locks:
+    # As nearly always.  To read the list of all locks takes the kernel many milliseconds, in which it does nothing.
+    if only_elsewhere and all(other.key == image.key for other in same):
+        return
+    for process, status, start, end in write_locks():
         if any(Span(_key_of(status), start, end).meets(other) for other in same):
             yield process
 
@@ -541,7 +546,7 @@ def require_unwritten(image: ImageFile) -> None:
     Raises:
         VolumeBusy: Names who writes it.
     """
-    for process in writers(image):
+    for process in writers(image, only_elsewhere=True):
         raise VolumeBusy(
             f"{image.path} is in use by extsnap in process {process}",
             hint="wait for it, or end it with extsnap detach",
