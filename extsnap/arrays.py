@@ -146,8 +146,8 @@ def _set_some(bitmap: Bits, runs: Ints, value: bool) -> None:
     head = (0xFF << (start & 7)).astype(np.uint8)
     tail = (0xFF >> (-end & 7)).astype(np.uint8)
     one = first == last
-    _set_bits(bitmap, first, np.where(one, head & tail, head), value)
-    _set_bits(bitmap, last[~one], tail[~one], value)
+    set_bits(bitmap, first, np.where(one, head & tail, head), value)
+    set_bits(bitmap, last[~one], tail[~one], value)
     # Whole bytes between: those of long runs, which are few, as slices.
     inner = np.maximum(last - first - 1, 0)
     long = inner >= 4096
@@ -156,7 +156,8 @@ def _set_some(bitmap: Bits, runs: Ints, value: bool) -> None:
     bitmap[expand(first[~long] + 1, inner[~long])] = 0xFF if value else 0
 
 
-def _set_bits(bitmap: Bits, at: Ints, bits: Bits, value: bool) -> None:
+def set_bits(bitmap: Bits, at: Ints, bits: Bits, value: bool) -> None:
+    """Set or clear ``bits`` of the bytes at ``at``, which may be named more than once, in place."""
     if value:
         np.bitwise_or.at(bitmap, at, bits)
     else:

@@ -19,8 +19,8 @@ from extsnap.serve.aio import PREADV, PWRITE, Batch
 
 #: Requests taken before the first is answered: the kernel sends no more than 64 at once of what it delays.
 SLOTS = 32
-#: What taking one returns that was aborted before we took it.
-_WITHDRAWN = (-errno.EINTR, -errno.ENOENT)
+#: Errors of taking one that was aborted before we took it.
+_WITHDRAWN = (errno.EINTR, errno.ENOENT)
 #: The answer to a WRITE: fuse_out_header and fuse_write_out.
 _WRITTEN = np.dtype([("length", "=u4"), ("error", "=i4"), ("unique", "=u8"), ("size", "=u4"), ("padding", "=u4")])
 
@@ -91,7 +91,7 @@ class Slots:
             return []
         # One that comes while others are asked for leaves a gap before it.
         lengths = [max(0, length) for length in found[: there[-1] + 1].tolist()]
-        ended = there[(found[there] <= 0) & ~np.isin(found[there], _WITHDRAWN)]
+        ended = there[(found[there] <= 0) & ~np.isin(-found[there], _WITHDRAWN)]
         if len(ended) and not any(lengths):
             code = -int(found[ended[0]]) or errno.ENODEV
             raise OSError(code, os.strerror(code))
@@ -105,7 +105,7 @@ class Slots:
             except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno in (errno.EINTR, errno.ENOENT):
+                if error.errno in _WITHDRAWN:
                     taken.append(0)
                     continue
                 if taken:  # the next call finds the end as well
